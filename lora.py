@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import UserError, replacing, write_json
+from data import UserError, parse_traits, replacing, run_program, write_json
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -87,6 +87,20 @@ def unmerge(model, originals):
         layer.weight = originals[name]
 
 
+@torch.no_grad()
+def clip_experts(model, experts, clip):
+    """Scale each expert's gradient to norm `clip` at most, as if it were trained alone; returns the norms (E,)."""
+    layers = [layer for _, layer in lora_layers(model)]
+    square = sum(layer.A.grad.view(experts, -1).square().sum(dim=1) +
+                 layer.B.grad.view(layer.B.shape[0], experts, -1).square().sum(dim=(0, 2)) for layer in layers)
+    norms = square.sqrt()                                                                      # (E,)
+    scale = (clip / (norms + 1e-6)).clamp(max=1)
+    for layer in layers:
+        layer.A.grad.view(experts, -1).mul_(scale[:, None])
+        layer.B.grad.view(layer.B.shape[0], experts, -1).mul_(scale[:, None])
+    return norms
+
+
 def save_experts(model, names, folder, base):
     """One folder a pole (high_openness, ...) in the format that peft loads: adapter_config.json and a safetensors."""
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": model.rank,
@@ -126,3 +140,55 @@ def load_experts(model, names, folder):
             raise
         except Exception as e:           # safetensors raises its own type, FileNotFoundError or OSError
             raise UserError(f"cannot read the expert {path}: {e}")
+
+
+def export(model, w, folder, out):
+    """Write the base in `folder` with the experts merged at weights w (E,) as an ordinary Hugging Face checkpoint."""
+    from huggingface_hub import save_torch_state_dict
+    if Path(out).exists():
+        raise UserError(f"{out} exists already: name a new folder")
+    originals = merge(model.base, w)
+    tensors = {name if name.startswith("lm_head") else f"model.{name}": t.detach()
+               for name, t in model.base.named_parameters() if not name.endswith((".A", ".B"))}
+    tmp = Path(f"{out}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        tmp.mkdir(parents=True)
+        save_torch_state_dict(tensors, tmp)                             # shards of 5 GB, and their index
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            if (Path(folder) / name).exists():
+                shutil.copy(Path(folder) / name, tmp)
+        config = json.loads((Path(folder) / "config.json").read_text())
+        write_json(tmp / "config.json", config | {"torch_dtype": str(model.base.dtype).removeprefix("torch.")})
+        tmp.rename(out)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise UserError(f"cannot write {out}: {getattr(e, 'strerror', None) or e}")
+    finally:
+        unmerge(model.base, originals)
+
+
+def main():
+    from personafuse import find_model, load_run, pick_device, pick_dtype
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="a folder that train.py wrote")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--traits", help='weights by hand, as in "high agreeableness=0.7, low neuroticism=0.3"')
+    which.add_argument("--query", help="the weights that the router gives this query")
+    parser.add_argument("--export", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    s = parser.parse_args()
+    device = pick_device("cpu")                                         # merging is one pass over the weights
+    model, settings = load_run(s.run, device, pick_dtype(s.dtype, device))
+    if s.traits:
+        w = torch.tensor(parse_traits(s.traits))
+    elif model.router:
+        w = model.route([model.encoder_chat.query(s.query)])[0]
+    else:
+        raise UserError(f"{s.run} has no router: give the weights with --traits")
+    export(model, w, find_model(settings["base"]), s.export)
+    print(f"wrote {s.export}: load it with transformers, vLLM, or any engine that reads Hugging Face checkpoints")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -36,6 +36,24 @@ MODELS = {
 }
 
 
+
+def model_table():
+    """MODELS as text, for --help."""
+    lines = [f"  {name:14} {source if isinstance(source, str) else 'tiny/':36} {encoder:14} {what}"
+             for name, (source, encoder, what) in MODELS.items()]
+    return "\n".join([f"  {'name':14} {'model':36} {'encoder':14}", *lines])
+
+
+def default_encoder(base):
+    """The paper's encoder for any base that the table does not know."""
+    return MODELS[base][1] if base in MODELS else "qwen2.5-0.5b"
+
+
+def absolute(name):
+    """A folder's full path, so that a run finds its base again from anywhere; other names as they are."""
+    return str(Path(name).resolve()) if name and name not in MODELS and Path(name).is_dir() else name
+
+
 # ------------------------------------------------------------------------------------------------------------ config
 
 @dataclass
@@ -270,13 +288,11 @@ def memory_of(device):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
-def find_model(name):
+def find_model(name, option="--base"):
     """One of MODELS, a folder, or a hub name owner/model -> a folder in the Hugging Face layout, downloaded if need be."""
-    if Path(name).is_dir():
-        return Path(name)
     source = MODELS.get(str(name), (str(name),))[0]
-    if isinstance(source, Path):
-        return source
+    if Path(source).is_dir():
+        return Path(source)
     if source.count("/") != 1:
         raise UserError(f"no model {name!r}: not a folder, not owner/model on the hub, and none of {', '.join(MODELS)}")
     from huggingface_hub import errors, snapshot_download
@@ -289,7 +305,7 @@ def find_model(name):
         raise UserError(f"the hub has no model {source} (or it is private: log in with `hf auth login`)")
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as e:
         raise UserError(f"{source} is not in the cache and the hub was not reached ({type(e).__name__}): give a folder "
-                        f"that holds the model with --base DIR, or use --base tiny, which needs no download")
+                        f"that holds the model with {option} DIR, or use {option} tiny, which needs no download")
 
 
 def checkpoint_files(folder):
@@ -307,7 +323,7 @@ def checkpoint_files(folder):
     return [Path(folder) / name for name in names]
 
 
-def load_llama(folder, device, dtype, experts=0, rank=8, alpha=16, seed=0, weight_dtype=None):
+def load_llama(folder, device, dtype, experts=0, rank=8, alpha=16, seed=0, weight_dtype=None, files=None):
     """A Llama with the weights of a folder in the Hugging Face layout, frozen, and fresh experts if asked for.
 
     Weights of the wanted type are mapped from the file, not copied; `weight_dtype` (default: dtype) keeps them in another.
@@ -322,11 +338,11 @@ def load_llama(folder, device, dtype, experts=0, rank=8, alpha=16, seed=0, weigh
         raise UserError(f"{folder} needs {need / 2**30:.1f} GiB for its weights as {weight_dtype}, {device} has "
                         f"{has / 2**30:.1f} GiB" + ("; try --dtype bf16" if weight_dtype == torch.float32 else ""))
     found = {}
-    for path in checkpoint_files(folder):
+    for path in files or checkpoint_files(folder):
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 for key in file.keys():
-                    name = key.removeprefix("model.")
+                    name = key.removeprefix("model.").removeprefix("encoder.")
                     if name in wanted:
                         shape = torch.Size(file.get_slice(key).get_shape())
                         if shape != wanted[name]:
@@ -411,6 +427,10 @@ class PersonaFuse(nn.Module):
         self.base, self.chat, self.router, self.encoder_chat = base, chat, router, encoder_chat
 
     @property
+    def experts(self):
+        return self.base.layers[0].self_attn.q_proj.A.shape[0] // self.base.rank
+
+    @property
     def device(self):
         return self.base.embed_tokens.weight.device
 
@@ -422,16 +442,65 @@ class PersonaFuse(nn.Module):
         return self.base(tokens, w, checkpointing=checkpointing)[targets >= 0]
 
     @torch.inference_mode()
-    def route(self, queries, rows=32):
-        """Queries (strings) -> mixing weights w (len(queries), E): like lengths together, to compute little padding."""
-        ids = [self.encoder_chat.query(q) for q in queries]
-        limit = self.router.encoder.config.max_position_embeddings
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        w = torch.empty(len(ids), len(self.router.e), device=self.device)
+    def response_nll(self, examples, w=None, rows=16):
+        """Eq. 8 record by record, for evaluation: examples (of data.tokenize), w (n, E) or None for the bare base ->
+        summed negative log-likelihoods (n,) and numbers of response tokens (n,), like lengths together."""
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i]["prompt"]) + len(examples[i]["answer"]))
+        nll = torch.zeros(len(examples), device=self.device)
+        counts = torch.tensor([len(r["answer"]) for r in examples], device=self.device)
         for part in (order[i:i + rows] for i in range(0, len(order), rows)):
-            h = self.router.embed(*pad([ids[i][:limit] for i in part], self.device))
+            tokens, targets = response_batch([examples[i] for i in part], self.device)
+            logits = self.base.logits(self.response_hidden(tokens, targets, None if w is None else w[part]))
+            losses = F.cross_entropy(logits.float(), targets[targets >= 0], reduction="none")
+            row = (targets >= 0).nonzero()[:, 0]                                    # whose each loss is
+            nll[part] = torch.zeros(len(part), device=self.device).index_add(0, row, losses)
+        return nll, counts
+
+    @torch.inference_mode()
+    def route(self, queries, rows=32):
+        """Queries (token ids of encoder_chat.query) -> mixing weights w (n, E), like lengths together."""
+        order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+        w = torch.empty(len(queries), len(self.router.e), device=self.device)
+        for part in (order[i:i + rows] for i in range(0, len(order), rows)):
+            h = self.router.embed(*pad([queries[i] for i in part], self.device))
             w[part] = self.router.weights(h)
         return w
+
+
+def build(settings, device, dtype, run=None):
+    """The whole model. settings: a dict with base, encoder, names, rank, alpha, tau, pooling and seed, as train.py writes
+    to personafuse.json. Experts and router are fresh, or read from the folder `run` where it has them."""
+    folder, names = find_model(settings["base"]), settings["names"]
+    base = load_llama(folder, device, dtype, len(names), settings["rank"], settings["alpha"], settings["seed"])
+    chat, router, encoder_chat = Chat(folder), None, None
+    check_vocabulary(chat, base, folder)
+    if run:
+        load_experts(base, names, run)
+    trained = run and Path(run) / "router.safetensors"
+    if settings["encoder"] and (not run or trained.exists()):
+        folder = find_model(settings["encoder"], "--encoder")
+        encoder = load_llama(folder, device, dtype, weight_dtype=torch.float32, files=[trained] if run else None)
+        encoder_chat = Chat(folder)
+        check_vocabulary(encoder_chat, encoder, folder)
+        router = Router(encoder, len(names), settings["tau"], settings["pooling"], settings["seed"]).to(device)
+        if run:
+            with safe_open(trained, "pt", device=str(device)) as file:
+                router.e.data.copy_(file.get_tensor("e"))
+    return PersonaFuse(base, chat, router, encoder_chat).requires_grad_(False)
+
+
+def load_run(run, device, dtype, base=None):
+    """A trained model from the folder that train.py wrote -> (PersonaFuse, its settings). `base`, if given, must be its."""
+    path = Path(run) / "personafuse.json"
+    try:
+        settings = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{run} holds no finished stage (no personafuse.json): train with train.py first")
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path}: {e}")
+    if base and absolute(base) != settings["base"]:
+        raise UserError(f"the run {run} was made for the base {settings['base']}, not for {base}")
+    return build(settings, device, dtype, run), settings
 
 
 def pad(rows, device, fill=0):
@@ -441,3 +510,11 @@ def pad(rows, device, fill=0):
     for i, r in enumerate(rows):
         tokens[i, :len(r)] = torch.tensor(r)
     return tokens.to(device), lengths.to(device)
+
+
+def response_batch(rows, device):
+    """Examples -> tokens (B, T) and targets (B, T): the response token that follows, or -1 where none does."""
+    ids = [r["prompt"] + r["answer"] for r in rows]
+    tokens, _ = pad([i[:-1] for i in ids], device)                      # the last token predicts nothing
+    targets, _ = pad([[-1] * (len(r["prompt"]) - 1) + r["answer"] for r in rows], device, fill=-1)
+    return tokens, targets
