@@ -191,4 +191,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main)
+    import lora                     # not this file's second self, __main__, whose LoRALinear is another class
+    run_program(lora.main)
