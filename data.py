@@ -261,15 +261,19 @@ def draw(n, count, step, *key):
 # ----------------------------------------------------------------------------------------- Persona-CoT: prompt and parser
 
 PERSONA_COT = """\
-Answer a user in five steps. Write down every step, and name its lines exactly as they are named here.
+Answer a user in five steps. Write every step down under its number, with the lines that are named there.
+
 The user wrote:
 <<<
 {query}
 >>>
+
 Step 1: Read the social cue. What do tone, feeling and intent say about the person, and about how they want to be met?
-Social cue: one sentence
+Social cue: [one sentence]
+
 Step 2: Read the task cue. What does the person want done, and what must an answer to it be: exact, inventive, brief, kind?
-Task cue: one sentence
+Task cue: [one sentence]
+
 Step 3: Choose the personality traits that the answer should show to fit each cue. They are the answer's, not the user's:
 somebody worried may need somebody calm. Choose one to four of these ten, and never both poles of one trait:
 High Openness (imaginative, curious) or Low Openness (practical, conventional)
@@ -277,13 +281,15 @@ High Conscientiousness (organised, thorough) or Low Conscientiousness (flexible,
 High Extraversion (lively, talkative) or Low Extraversion (quiet, reserved)
 High Agreeableness (warm, supportive) or Low Agreeableness (blunt, challenging)
 High Neuroticism (alert to what may go wrong) or Low Neuroticism (calm, confident)
-Social traits: names from the list with commas between them, as in "High Agreeableness, Low Neuroticism", or "none"
-Task traits: in the same form
+Social traits: [names from this list with commas between them, or none]
+Task traits: [names from this list with commas between them, or none]
+
 Step 4: Plan how each of these traits will be heard in what the answer says, in its order and in its words.
-Plan: one sentence for each trait
+Plan: [one sentence for each trait]
+
 Step 5: Write what the user will read, showing the traits without naming them. Then explain how you showed them. End with:
-##Response: the answer
-##Persona Behavior Rationale: the explanation
+##Response: [what the user will read]
+##Persona Behavior Rationale: [how it shows the traits]
 """
 FRIEND = """\
 You and I are old friends having a relaxed chat. Keep it casual and warm, the way people talk over coffee: everyday words,
@@ -294,7 +300,7 @@ PROMPTS = {"response": PERSONA_COT, "naive_response": "{query}", "human_like_res
 
 LINES = ("social cue", "social trait", "task cue", "task trait", "response", "rationale")
 HEADING = re.compile(       # at the start of a line, behind list numbers and bold marks, or anywhere behind ##
-    r"(?:^[ \t>*_\-\d.)]*|(?=##))#*[ \t*_]*(?:(?:step[ \t]*)?\d+[ \t]*[:.)-]+[ \t#*_]*)?"
+    r"(?:^|(?<!#)(?=##))[ \t>#*_.)\d-]*(?:step[ \t]*\d+[ \t]*[:.)-]+[ \t#*_]*)?"
     r"(social cue|social traits?|task cue|task traits?|(?:final )?response|(?:persona )?(?:behaviou?r )?rationale)"
     r"[ \t*_]*(?::[*_]*|$)", re.I | re.M)
 TRAIT = re.compile(         # "High Openness", "**high** in openness", "Openness to Experience: High", "Openness (high)"
@@ -328,14 +334,15 @@ def parse_answer(text):
     found = dict.fromkeys(LINES, "")
     for heading, body in zip(pieces[1::2], pieces[2::2]):
         name = next(name for name in LINES if name in heading.lower())
-        found[name] = body.strip() or found[name]                   # a heading may come twice, once as an empty title
+        if re.search(r"\w", re.sub(r"\[[^]]*\]", "", body) if name == "response" else body):       # not "[your response]"
+            found[name] = body.strip()                              # a heading may come twice, the first as a mere title
         if name == "rationale" and found["response"]:
             break                                                   # some models go on with a query of their own
     cues = [found[name].partition("\n")[0].strip("*_ ") for name in ("social cue", "task cue")]
     social, task = read_traits(found["social trait"]), read_traits(found["task trait"])
     response = re.sub(r"(\s*\n[-*_`]{3,})+$", "", found["response"])                # less a rule drawn below it
     rationale = re.split(r"\n\s*(?:#|-{3}|\*{3})", found["rationale"])[0].strip()   # less the talk that trails it
-    if not re.search(r"\w", re.sub(r"\[[^]]*\]", "", response)):                    # "...", "[your response]"
+    if not response:
         raise ValueError("no response")
     return {"social_cue": cues[0], "social_traits": social, "task_cue": cues[1], "task_traits": task,
             "p": activation(social + task), "response": response, "rationale": rationale}
@@ -459,8 +466,8 @@ def make_record(query, answers):
             raise answer
         if answer[1]:
             raise ValueError("cut off by the token limit")
-    texts = {key: text.strip() for key, (text, _) in answers.items()}
-    record = {"query": query, **texts, **parse_answer(texts["response"])}
+    record = {"query": query, **parse_answer(answers["response"][0])}
+    record.update({key: text.strip() for key, (text, _) in answers.items() if key != "response"})
     del record["p"]                                                 # it follows from the traits
     return check_record(record, tuple(answers)) and record
 
@@ -476,8 +483,10 @@ def generate(args):
     if old := finished(settings_file):
         if changed := [f"{k} ({old[0].get(k)}, now {v})" for k, v in settings.items() if old[0].get(k) != v]:
             raise UserError(f"{out} was made with other {', '.join(changed)}: give another --out, or repeat what made it")
-    elif os.path.exists(out) or not os.access(Path(out).resolve().parent, os.W_OK):
-        raise UserError(f"{out} is there already and was not made by this program, or its folder cannot be written to")
+    elif os.path.exists(out):
+        raise UserError(f"{out} is there already and was not made by this program: give another --out")
+    elif not os.access(Path(out).resolve().parent, os.W_OK):
+        raise UserError(f"the folder of {out} is not there, or cannot be written to")
     queries = queries[:args.n]
     done = {r["query"]: r.get("reason", "kept") for file in (dropped, out) for r in finished(file)}
     counts = Counter(done[q] for q in queries if q in done)
@@ -538,37 +547,33 @@ def show(args):
 
 # ------------------------------------------------------------------------------------------------- python data.py queries
 
-# --source: name -> (data set on the hub, its configuration or files, the field that holds a text or a list of turns)
+# --source: name -> (data set on the hub, which part of it, the field that holds a text or a list of turns)
 SOURCES = {
-    "sharegpt": ("RyokoAI/ShareGPT52K", ["sg_90k_part1.json", "sg_90k_part2.json"], "conversations"),
-    "personahub": ("proj-persona/PersonaHub", "instruction", "synthesized text"),
-    "wildchat": ("allenai/WildChat-1M", None, "conversation"),
-    "infinity": ("BAAI/Infinity-Instruct", "0625", "conversations"),
+    "sharegpt": ("RyokoAI/ShareGPT52K", {"data_files": "sg_90k_part*.json"}, "conversations"),
+    "personahub": ("proj-persona/PersonaHub", {"name": "instruction"}, "synthesized text"),
+    "wildchat": ("allenai/WildChat-1M", {}, "conversation"),
+    "infinity": ("BAAI/Infinity-Instruct", {"name": "0625"}, "conversations"),
 }
 
 
 def read_rows(name, path, seed):
-    """The rows, as dicts, of a JSON, JSONL, CSV or Parquet file, or without a `path` of one of SOURCES on the hub."""
-    hub, part, _ = SOURCES.get(name, (path, None, None))
+    """The rows, as dicts, of a JSON, JSONL, CSV or Parquet file, or if `path` is None of one of SOURCES on the hub."""
+    hub, part, _ = SOURCES.get(name, (None, None, None))
     try:
-        if not path and not isinstance(part, list):
+        if not path:
             from datasets import load_dataset
-            yield from load_dataset(hub, part, split="train", streaming=True).shuffle(seed=seed, buffer_size=1000)
-            return
-        if not path:        # ShareGPT: JSON arrays whose fields change type from row to row; `datasets` cannot read them
-            from huggingface_hub import hf_hub_download
-        for file in [path] if path else (hf_hub_download(hub, file, repo_type="dataset") for file in part):
-            if file.endswith(".parquet"):
-                from pyarrow.parquet import ParquetFile
-                yield from (row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist())
-                continue
-            with open(file, encoding="utf-8", newline="") as f:
+            yield from load_dataset(hub, split="train", streaming=True, **part).shuffle(seed=seed, buffer_size=1000)
+        elif path.endswith(".parquet"):
+            from pyarrow.parquet import ParquetFile
+            yield from (row for batch in ParquetFile(path).iter_batches() for row in batch.to_pylist())
+        else:
+            with open(path, encoding="utf-8", newline="") as file:
                 csv.field_size_limit(2**31 - 1)
-                yield from (csv.DictReader(f) if file.endswith(".csv") else json.load(f) if file.endswith(".json") else
-                            (json.loads(line) for line in f if line.strip()))
+                yield from (csv.DictReader(file) if path.endswith(".csv") else json.load(file) if path.endswith(".json") else
+                            (json.loads(line) for line in file if line.strip()))
     except ImportError as e:
         raise UserError(f"{path or name} needs another library: pip install {e.name.partition('.')[0]}")
-    except Exception as e:  # the hub, the network and Arrow have dozens of their own
+    except Exception as e:                  # the hub, the network and Arrow have dozens of their own
         why = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}".splitlines()[0]
         raise UserError(f"cannot read {path or hub}: {why}" + ("" if path else "; if it is gated, ask for access there, "
                         f"then `hf auth login`; or give a copy of it: --source {name}=FILE"))
@@ -581,12 +586,12 @@ def candidates(rows, field, seed, seen):
         if not isinstance(row, dict) or field not in row:
             has = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
             raise UserError(f"a row without {field!r}; it has {has}: give another --field")
-        text, language = row[field], row.get("language") or row.get("langdetect") or "en"
+        text, language = row[field], str(row.get("language") or row.get("langdetect") or "en")
         if isinstance(text, list):                                  # of turns: from/value, or role/content
             turns = [(t.get("from", t.get("role")), t.get("value", t.get("content"))) for t in text if isinstance(t, dict)]
             who, text = next((turn for turn in turns if turn[0] != "system"), (None, None))
             text = text if who in ("human", "user") else None
-        if language.lower() in ("en", "english") and 3 <= len((text or "").split()) <= 1000:
+        if language.lower() in ("en", "english") and isinstance(text, str) and 3 <= len(text.split()) <= 1000:
             key = hashlib.sha256(f"{seed} {' '.join(text.lower().split())}".encode(errors="replace")).digest()
             if key not in seen:
                 seen.add(key)

@@ -88,6 +88,7 @@ GOOD = {
     "title before heading": ("Social traits: High Agreeableness\nTask traits: none\n**Final Response**\nHere it comes:\n\n"
                              "##Response:\nDear Sam,\n\nthank you.\n\n---\n##Persona Behavior Rationale: Warm.",
                              ["High Agreeableness"], [], "Dear Sam,\n\nthank you.", "Warm."),
+    "the form, then the answer": (data.PERSONA_COT + "\n" + PLAIN, *PLAIN_TRAITS, PLAIN_RESPONSE, PLAIN_RATIONALE),
     "lines and lists in the response": ("Social traits: High Conscientiousness\nTask traits: none\n##Response:\n"
                                         "1. Plan: list it\n2. Do it\n\n**Task:** done\n"
                                         "##Persona Behavior Rationale: Orderly.",
@@ -106,6 +107,7 @@ BAD = {
     "stops before the answer": (PLAIN.partition("##Response")[0], "no response"),
     "empty response": ("Social traits: High Openness\n##Response:\n##Persona Behavior Rationale: ok", "no response"),
     "copies the form": ("Social traits: High Openness\n##Response:...\n##Persona Behavior Rationale:...", "no response"),
+    "gives the prompt back": (data.PERSONA_COT, "no response"),
     "placeholder": ("Social traits: High Openness\n##Response: [Your response here]\n##Rationale: [why]", "no response"),
     "all zeros": ("Social traits: none\nTask traits: none\n##Response: Hello.", "no trait"),
     "only an answer": ("##Response: Paris.\n##Persona Behavior Rationale: It is short.", "no trait"),
@@ -133,6 +135,15 @@ def test_drops_with_the_reason(name):
     text, reason = BAD[name]
     with pytest.raises(ValueError, match=f"^{reason}"):
         data.parse_answer(text)
+
+
+@pytest.mark.parametrize("run", ["*", "#", " ", "-", "_", "1.", "## ", "**1. ", "High ", "\n", "- ", "Step 1: "])
+def test_a_model_that_stutters_does_not_hold_us_up(run):
+    start = time.process_time()
+    with pytest.raises(ValueError):
+        data.parse_answer(run * (3000 // len(run)))
+    data.read_traits("High Openness: High" + run * (3000 // len(run)))
+    assert time.process_time() - start < 2
 
 
 def test_cues_are_read():
@@ -501,7 +512,7 @@ def test_hub_is_streamed_and_shuffled(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     run(monkeypatch, "queries", "--source", "wildchat", "--n", 1, "--seed", 5, "--out", tmp_path / "q.jsonl")
-    assert asked == [(("allenai/WildChat-1M", None), {"split": "train", "streaming": True}), 5]
+    assert asked == [(("allenai/WildChat-1M",), {"split": "train", "streaming": True}), 5]
     assert lines(tmp_path / "q.jsonl") == [{"query": "Write two lines\nabout the sea.", "source": "wildchat"}]
 
 
