@@ -402,7 +402,7 @@ def model_answers(args, prompts):
     """Answer prompts with a model of our own, --workers sequences at a time. Yields, in the order in which they end,
     (index, (answer, whether the token limit cut it off) or the exception that came instead)."""
     import personafuse as pf                                        # here, because personafuse imports this file
-    folder, device = pf.find_model(args.model), pf.pick_device(args.device)
+    folder, device = pf.find_model(args.model, "--model"), pf.pick_device(args.device)
     llama, chat = pf.load_llama(folder, device, pf.pick_dtype(args.dtype, device)), Chat(folder)
     pf.check_vocabulary(chat, llama, folder)
     context = llama.config.max_position_embeddings

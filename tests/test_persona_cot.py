@@ -10,18 +10,13 @@ import threading
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 import data
 import personafuse
+from conftest import ROOT, make_model
 
 PLAIN = """Step 1: Read the social cue
 Social cue: The user sounds worried and a little ashamed.
@@ -371,23 +366,8 @@ def test_ctrl_c_does_not_wait_for_the_server(server, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A Llama of random weights whose tokens are bytes, with room for 2,600 of them."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"model_type": "llama", "vocab_size": 258, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2600, "rms_norm_eps": 1e-5,
-              "tie_word_embeddings": True, "eos_token_id": 257}
-    (folder / "config.json").write_text(json.dumps(config))
-    with torch.device("meta"):
-        shapes = personafuse.Llama(personafuse.Config.from_folder(folder)).state_dict()
-    torch.manual_seed(0)
-    save_file({f"model.{name}": torch.randn(t.shape) for name, t in shapes.items()}, folder / "model.safetensors")
-    return folder
+    """A small Llama of random weights, with room for the prompt and some hundred tokens."""
+    return make_model(tmp_path_factory.mktemp("model"), max_position_embeddings=1400)
 
 
 def own(monkeypatch, model, tmp_path, *more):
