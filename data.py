@@ -1,6 +1,12 @@
 """Persona-CoT records, the split, prompts in each model's own chat format, and batches.
 
 A record is (q, r, p): a query, the response that fits its situation, and the trait activation vector p in {0,1}^10.
+As a program this file makes records by Persona-CoT (section 4.2 of the paper), and looks at them:
+
+    python data.py show "I feel anxious about tomorrow" --model falcon3-10b
+    python data.py queries --source sharegpt,personahub,wildchat,infinity --n 100000 --out queries.jsonl
+    python data.py generate --queries queries.jsonl --out records.jsonl --server http://localhost:8000 --model NAME
+    python data.py check records.jsonl
 """
 
 import argparse
@@ -649,40 +655,41 @@ def check(args):
 
 
 def main():
-    style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = argparse.ArgumentParser(description="Make Persona-CoT data, and look at it.")
-    commands, who = parser.add_subparsers(required=True), argparse.ArgumentParser(add_help=False)
-    who.add_argument("--model", required=True, help="tiny, falcon3-10b, ..., a hub name, a folder; or its name on --server")
-    who.add_argument("--server", metavar="URL", help="an OpenAI-compatible server to ask instead; its key in OPENAI_API_KEY")
-    who.add_argument("--workers", type=int, default=16, help="requests at a time, or sequences decoded together")
-    who.add_argument("--max-new-tokens", type=int, default=1024, help="an answer that needs more is dropped")
-    who.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
-    who.add_argument("--seed", type=int, default=0, help="of the drawing of tokens")
-    who.add_argument("--device", default="auto", help="cuda, mps or cpu")
-    who.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="to compute in")
-    p = commands.add_parser("generate", parents=[who], **style,
-                            help="queries -> records; the same command goes on where it was stopped")
-    p.add_argument("--queries", required=True, metavar="FILE", help="JSONL with a query in each line, or .txt, one a line")
-    p.add_argument("--out", required=True, metavar="FILE", help="JSONL; the dropped queries go to FILE.dropped.jsonl")
-    p.add_argument("--n", type=int, help="only the first N queries")
-    p.add_argument("--naive", action="store_true", help="add naive_response, for the Direct baseline")
-    p.add_argument("--human-like", action="store_true", help="add human_like_response, for the Human-Like baseline")
-    p.set_defaults(run=generate)
-    p = commands.add_parser("show", help="one query's way through the five steps", parents=[who], **style)
-    p.add_argument("query")
-    p.set_defaults(run=show)
-    p = commands.add_parser("queries", help="sample queries from public data sets or from files", **style)
-    p.add_argument("--source", required=True, help=f"{', '.join(SOURCES)}, NAME=FILE (a copy of one of these) or FILE, "
-                   "and more with commas between them")
-    p.add_argument("--field", help="where a FILE of your own holds the queries: a text or a list of turns")
-    p.add_argument("--n", type=int, required=True, help="how many, in equal parts; the paper took 100000 from the four")
-    p.add_argument("--rows", type=int, help="read no more than the first so many rows of a source")
-    p.add_argument("--seed", type=int, default=0, help="of the sample")
-    p.add_argument("--out", required=True, metavar="FILE", help="JSONL")
-    p.set_defaults(run=sample_queries)
-    p = commands.add_parser("check", help="validate a data file and show its balance")
-    p.add_argument("file")
-    p.set_defaults(run=check)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands, who = parser.add_subparsers(required=True, metavar="COMMAND"), argparse.ArgumentParser(add_help=False)
+    add = who.add_argument
+    add("--model", required=True, help="tiny, falcon3-10b, ..., owner/model on the hub, a folder; or its name on the server")
+    add("--server", metavar="URL", help="ask this OpenAI-compatible server instead; its key in OPENAI_API_KEY")
+    add("--workers", type=int, default=16, metavar="N", help="requests at a time, or sequences decoded together (16)")
+    add("--max-new-tokens", type=int, default=1024, metavar="N", help="an answer that needs more is dropped (1024)")
+    add("--temperature", type=float, default=0.0, help="0 always takes the likeliest token (0)")
+    add("--seed", type=int, default=0, help="of the drawing of tokens (0)")
+    add("--device", default="auto", help="cuda, mps or cpu (the first of these that is here)")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    command = commands.add_parser("generate", parents=[who], help="queries to records; repeat it to go on where it stopped")
+    add = command.add_argument
+    add("--queries", required=True, metavar="FILE", help="JSONL with a `query` in each line, or .txt, one a line")
+    add("--out", required=True, metavar="FILE", help="JSONL; dropped queries go to FILE.dropped.jsonl")
+    add("--n", type=int, help="only the first N queries")
+    add("--naive", action="store_true", help="add naive_response, for the Direct baseline")
+    add("--human-like", action="store_true", help="add human_like_response, for the Human-Like baseline")
+    command.set_defaults(run=generate)
+    command = commands.add_parser("show", parents=[who], help="one query's way through the five steps")
+    command.add_argument("query")
+    command.set_defaults(run=show)
+    command = commands.add_parser("queries", help="sample queries from public data sets or files")
+    add = command.add_argument
+    add("--source", required=True, help=f"{', '.join(SOURCES)}, NAME=FILE (a copy of one of these), or FILE; "
+        "or several, with commas between them")
+    add("--field", help="where a FILE of your own holds the queries: a text or a list of turns")
+    add("--n", type=int, required=True, help="how many, in equal parts; the paper took 100000 from the four")
+    add("--rows", type=int, metavar="N", help="read no more than N rows of a source (all)")
+    add("--seed", type=int, default=0, help="of the sample (0)")
+    add("--out", required=True, metavar="FILE", help="JSONL")
+    command.set_defaults(run=sample_queries)
+    command = commands.add_parser("check", help="validate a data file and show its balance")
+    command.add_argument("file")
+    command.set_defaults(run=check)
     args = parser.parse_args()
     for name in ("n", "rows", "workers", "max_new_tokens"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
@@ -691,4 +698,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main)
+    import data                 # the module that personafuse imports, so that its UserError is the one that is caught
+    data.run_program(data.main)

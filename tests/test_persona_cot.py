@@ -262,6 +262,12 @@ def test_server_down_at_the_start(tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "127.0.0.1:9" in done.stderr
 
 
+def test_model_that_is_not_there(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "data.py", "show", "Hi", "--model", "nowhere"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: no model 'nowhere'") and done.stderr.count("\n") == 1
+
+
 def test_server_that_dies_midway(server, tmp_path, monkeypatch, impatient):
     server.reply = lambda query, before: (200, PLAIN) if len(server.log) <= 2 else (503, b"gone")
     with pytest.raises(data.UserError, match="no answer.*HTTP 503.*repeat the same command"):
