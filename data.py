@@ -392,9 +392,12 @@ def server_answers(args, prompts):
     todo, done = deque(enumerate(prompts)), queue.SimpleQueue()
 
     def work():
-        while todo:
+        while True:
             try:
                 i, prompt = todo.popleft()
+            except IndexError:                                      # nothing is left to ask
+                return
+            try:
                 done.put((i, ask(args.server, args.model, prompt, args.max_new_tokens, args.temperature, args.seed)))
             except Exception as e:                                  # whoever reads the answers decides what it means
                 done.put((i, e))
@@ -510,7 +513,7 @@ def generate(args):
         except ValueError as e:
             reason = str(e).split(":")[0]
             record = {"query": query, "reason": reason, "answers": [a[0] for a in answers.values() if isinstance(a, tuple)]}
-        except ConnectionError as e:                                # the server's trouble, not the query's: it stays to do
+        except (OSError, http.client.HTTPException) as e:           # the server's trouble, not the query's: it stays to do
             failed, problem = failed + 1, e
             if in_a_row == 3:
                 break
