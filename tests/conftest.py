@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"          # before anything imports huggingface_hub: no test reaches the network
+os.environ["OMP_NUM_THREADS"] = "1"         # the models are small; threads would only wait for one another
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # 
 
 from personafuse import Config, Llama  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 MINI = dict(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, vocab_size=400, rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=512,
