@@ -1,6 +1,6 @@
 """Make the tiny model that stands in this folder: a byte-level BPE tokenizer and a small Llama, both from scratch.
 
-    python tiny/make.py                # two minutes on two CPU cores; the same files again, to the last digits of rounding
+    python tiny/make.py                # two minutes on two idle CPU cores
     python tiny/make.py --epochs 2     # to step through
 
 They learn from the queries and the naive answers of the training split of persona_cot.jsonl: never from a held-out
