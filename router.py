@@ -11,7 +11,8 @@ class Router(nn.Module):
     """h = f_θ(q), then w_i = softmax_i(cos(h, e_i) / τ).
 
     `encoder` is any of our Llamas (the persona encoder f_θ, trained whole); `e` (E, d) are the expert embeddings.
-    `pooling` says what of the encoder's output is h: "last", the last real token (as decoder encoders do), or "mean".
+    `pooling` says what of the encoder is h: "last", its output at the last real token (as decoder encoders do), "mean", the
+    mean of its outputs, or "words", the mean of its normalised token embeddings, a bag of words that skips its blocks.
     """
 
     def __init__(self, encoder, num_experts=10, tau=1.0, pooling="last", seed=0):
@@ -23,11 +24,24 @@ class Router(nn.Module):
     def embed(self, tokens, lengths, checkpointing=False):
         """tokens (B, T) right-padded, lengths (B,) -> h (B, d). Padding stands to the right of a causal model, so no
         real token ever sees it."""
-        hidden = self.encoder(tokens, checkpointing=checkpointing)              # (B, T, d)
+        if self.pooling == "words":
+            hidden = self.encoder.norm(self.encoder.embed_tokens(tokens))       # (B, T, d)
+        else:
+            hidden = self.encoder(tokens, checkpointing=checkpointing)          # (B, T, d)
         if self.pooling == "last":
             return hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1].float()
         real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]      # (B, T)
         return (hidden.float() * real[..., None]).sum(dim=1) / lengths[:, None]
+
+    @torch.no_grad()
+    def init_embeddings(self, h, p):
+        """Start e_i at the mean direction of the queries that activate expert i, less that of all queries.
+
+        h (n, d) and p (n, E) are of the training queries. The h of an encoder share a large common part; without it the
+        ten means differ, and the router starts as a nearest-mean classifier instead of at random.
+        """
+        h, p = torch.nn.functional.normalize(h, dim=-1), p.to(h)
+        self.e.copy_(p.T @ h / p.sum(dim=0)[:, None].clamp(min=1) - h.mean(dim=0))
 
     def weights(self, h):
         """Eq. 1: h (B, d) -> mixing weights w (B, E), each row summing to 1."""
