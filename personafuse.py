@@ -456,15 +456,19 @@ class PersonaFuse(nn.Module):
             nll[part] = torch.zeros(len(part), device=self.device).index_add(0, row, losses)
         return nll, counts
 
-    @torch.inference_mode()
-    def route(self, queries, rows=32):
-        """Queries (token ids of encoder_chat.query) -> mixing weights w (n, E), like lengths together."""
+    @torch.no_grad()
+    def embed(self, queries, rows=32):
+        """Queries (token ids of encoder_chat.query) -> persona embeddings h (n, d), like lengths together."""
         order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
-        w = torch.empty(len(queries), len(self.router.e), device=self.device)
+        h = torch.empty(len(queries), self.router.e.shape[1], device=self.device)
         for part in (order[i:i + rows] for i in range(0, len(order), rows)):
-            h = self.router.embed(*pad([queries[i] for i in part], self.device))
-            w[part] = self.router.weights(h)
-        return w
+            h[part] = self.router.embed(*pad([queries[i] for i in part], self.device))
+        return h
+
+    @torch.no_grad()
+    def route(self, queries):
+        """Queries (token ids of encoder_chat.query) -> mixing weights w (n, E), Eq. 1."""
+        return self.router.weights(self.embed(queries))
 
 
 def build(settings, device, dtype, run=None):

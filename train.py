@@ -70,10 +70,10 @@ def make_batch(stage, step, examples, s):
         return sorted(batch, key=lambda row: len(row[0]["prompt"]) + len(row[0]["answer"]))     # like lengths pad little
     if stage == 2:
         rows = []
-        for k in draw(len(examples), s.batch2 // s.group, step, s.seed, 2):
-            mates = [r for r in examples if r["p"] == examples[k]["p"]]
+        for k in draw(len(examples), max(1, s.batch2 // s.group), step, s.seed, 2):
+            others = [r for r in examples if r["p"] == examples[k]["p"] and r is not examples[k]]
             rng = np.random.default_rng([s.seed, 2, step, k])
-            rows += [mates[j] for j in rng.permutation(len(mates))[:s.group]]
+            rows += [examples[k]] + [others[j] for j in rng.permutation(len(others))[:s.group - 1]]
         return sorted(((r, None, 0.0) for r in rows), key=lambda row: len(row[0]["query"]))
     rows = [examples[j] for j in draw(len(examples), s.batch3, step, s.seed, 3)]
     w = torch.ones(1) if len(s.names) == 1 else None
@@ -309,6 +309,9 @@ def run_stage(model, stage, first, examples, s, out, stop, world, rank):
     lr_e = s.lr_e if stage == 2 else lr
     optimizer = torch.optim.AdamW([{"params": [t], "peak": lr_e if name == "router.e" else lr} for name, t in params],
                                   weight_decay=0.0, fused=True)
+    if stage == 2 and first == 0:               # e starts at the class means of h, not at random; 4,096 queries tell them
+        known = examples[:4096]
+        model.router.init_embeddings(model.embed([r["query"] for r in known]), torch.tensor([r["p"] for r in known]))
     if path.exists():
         load_state(path, model, optimizer)
     elif lead:

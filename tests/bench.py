@@ -11,6 +11,7 @@ Needs what tests/requirements.txt names.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -21,13 +22,16 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from conftest import MINI  # noqa: E402
 
-from data import TRAITS  # noqa: E402
+from bench_generate import generate_throughput, server_throughput  # noqa: E402
+from data import TRAITS, load_records, split  # noqa: E402
 from lora import lora_layers, merge  # noqa: E402
-from personafuse import Config, generate, load_llama, pick_device, pick_dtype  # noqa: E402
+from personafuse import HERE, Config, generate, load_llama, pick_device, pick_dtype  # noqa: E402
+from router import average_precision  # noqa: E402
 
 SMOLLM2_135M = MINI | dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                            num_key_value_heads=3, vocab_size=49152, rope_theta=100000, max_position_embeddings=8192,
@@ -164,6 +168,103 @@ def loading(folder, dtype, rounds=3):
     print(f"time of ours / transformers: {sum(median['ours'][:2]) / sum(median['transformers'][:2]):.2f}")
 
 
+def bag_of_words(C=0.3):
+    """The router's yardstick: logistic regression on which words a query holds, one a pole, with the penalty |W|²/2C;
+    C = 0.3 was chosen by 10-fold cross-validation inside the training split. -> mean average precision, held out."""
+    train, held = split(load_records(HERE / "persona_cot.jsonl"))
+    words = [set(re.findall(r"\w\w+", r["query"].lower())) for r in train + held]
+    column = {word: i for i, word in enumerate(sorted(set().union(*words[:len(train)])))}
+    x = torch.zeros(len(words), len(column))
+    for row, found in zip(x, words):
+        row[[column[word] for word in found if word in column]] = 1
+    x, x_held = x[:len(train)], x[len(train):]
+    p = torch.tensor([r["p"] for r in train], dtype=torch.float)
+    W, b = torch.zeros(len(column), p.shape[1], requires_grad=True), torch.zeros(p.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([W, b], max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(x @ W + b, p, reduction="sum") + W.square().sum() / (2 * C)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return average_precision((x_held @ W + b).detach().numpy(), np.array([r["p"] for r in held])).mean()
+
+
+def training_memory(c, tokens, response_tokens, a, E=10, r=8, weight_bytes=None, checkpointing=False):
+    """Bytes that a training step of stage 1 takes: (weights, experts with gradients and AdamW's moments, activations).
+
+    c is a Config, a the bytes of an activation (2 for bf16). Kept a token and layer for the backward pass: the inputs and
+    outputs of both norms (4 d), q, k, v, the attention's output before and after its transposition ((3 H + 2 K) c), gate,
+    silu(gate), up and their product (4 f), and A x and w ⊙ A x of seven projections (14 E r). The logits of a response
+    token are there three times: as they come, as fp32 log-softmax, and as gradient.
+    """
+    d, f, heads, kv = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    both = 2 if not c.tie_word_embeddings else 1
+    block = d * (2 * heads + 2 * kv) + 3 * d * f
+    expert = r * (2 * (d + heads) + 2 * (d + kv) + 3 * (d + f))
+    layer = a * (4 * d + 3 * heads + 2 * kv + 4 * f + 14 * E * r)
+    kept = a * d * c.num_hidden_layers + layer if checkpointing else layer * c.num_hidden_layers
+    return ((both * c.vocab_size * d + block * c.num_hidden_layers) * (weight_bytes or a),
+            expert * E * c.num_hidden_layers * 16, tokens * kept + response_tokens * c.vocab_size * (a + 4 + 4))
+
+
+def encoder_memory(c, tokens, a):
+    """Bytes that training the encoder takes: (fp32 weights, gradients and two moments, plus copies of type a; activations)."""
+    d, f, heads, kv = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    count = c.vocab_size * d + c.num_hidden_layers * (d * (2 * heads + 2 * kv) + 3 * d * f)
+    return count * (16 + (a if a < 4 else 0)), tokens * a * c.num_hidden_layers * (4 * d + 3 * heads + 2 * kv + 4 * f)
+
+
+MEASURED = """
+import resource, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch, bench
+torch.set_num_threads(2)
+rows, length, checkpointing = {rows}, {length}, {checkpointing}
+begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+llama = bench.with_experts({folder!r}, torch.device("cpu"), torch.float32, 10)
+params = [t for t in llama.parameters() if t.requires_grad]
+optimizer = torch.optim.AdamW(params, fused=True)
+for step in range(2):
+    tokens = torch.randint(0, 49152, (rows, length))
+    hidden = llama(tokens, torch.full((rows, 10), 0.1), checkpointing=checkpointing)
+    torch.nn.functional.cross_entropy(llama.logits(hidden.flatten(0, 1)), tokens.flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - begun)
+"""
+
+
+def memory(folder):
+    """The formula beside the measured growth of a process that trains the shape of SmolLM2-135M, fp32."""
+    c = Config.from_folder(folder)
+    for rows, length, checkpointing in ((4, 256, False), (8, 256, False), (8, 256, True)):
+        code = MEASURED.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parent.parent), folder=str(folder),
+                               rows=rows, length=length, checkpointing=checkpointing)
+        measured = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        formula = sum(training_memory(c, rows * length, rows * length, 4, checkpointing=checkpointing))
+        print(f"{rows} x {length} tokens{', checkpointing' if checkpointing else ''}: formula {formula / 2**30:.2f} GiB, "
+              f"measured {measured / 2**30:.2f} GiB, ratio {measured / formula:.2f}")
+
+
+def memory_table():
+    """The README's table: Llama-3.1-8B, ten rank-8 experts, Qwen2.5-0.5B as encoder, bf16."""
+    def config(**shape):
+        return Config(rms_norm_eps=1e-5, max_position_embeddings=8192, rope_theta=1e4, rope_scaling=None, qkv_bias=False,
+                      o_bias=False, **shape)
+    llama = config(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                   num_key_value_heads=8, head_dim=128, tie_word_embeddings=False)
+    qwen = config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                  num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)
+    print("micro-batch (512 tokens a row, 350 of response, 100 of query) | stage 1 | with --checkpointing | stage 2 | stage 3")
+    for rows in (1, 4, 16):
+        one, slim = (training_memory(llama, rows * 512, rows * 350, 2, checkpointing=k) for k in (False, True))
+        two = encoder_memory(qwen, rows * 100, 2)
+        print(rows, *(f"{sum(x) / 2**30:.1f} GiB" for x in (one, slim, (one[0], *two), (*one, *two))), sep=" | ")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", metavar="DIR")
@@ -171,7 +272,11 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     s = parser.parse_args()
-    torch.set_num_threads(min(2, os.cpu_count()) if s.device == "cpu" else os.cpu_count())
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    if s.memory:
+        memory_table()
+        with tempfile.TemporaryDirectory() as folder:
+            return memory(random_checkpoint(folder))
     if s.load:
         return loading(s.load, {"auto": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}[s.dtype])
     device = pick_device(s.device)
@@ -180,6 +285,10 @@ def main():
         random_checkpoint(folder)
         training_step(folder, device, dtype)
         decoding(folder, device, dtype)
+        if s.device == "cpu":
+            generate_throughput(folder)
+            server_throughput()
+            print(f"mean average precision on the held-out queries of a bag-of-words logistic regression: {bag_of_words():.3f}")
 
 
 if __name__ == "__main__":

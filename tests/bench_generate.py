@@ -1,4 +1,4 @@
-"""How fast answers come: `python tests/bench_generate.py DIR`, DIR a folder with the shape of SmolLM2-135M, any weights."""
+"""How fast answers come: two measurements that bench.py prints."""
 
 import contextlib
 import io
@@ -94,7 +94,3 @@ def server_throughput(requests=320, workers=32, delay=0.2):
     server.shutdown()
     print(f"{records} requests of {delay * 1000:.0f} ms with {workers} workers: {seconds:.2f} s (wanted: 3)")
 
-
-if __name__ == "__main__":
-    server_throughput()
-    generate_throughput(sys.argv[1])
