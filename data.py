@@ -227,7 +227,7 @@ def tokenize(records, chat, encoder_chat, max_length, answer="response"):
         prompt = chat.prompt(r["query"])
         if len(prompt) < max_length:
             examples.append({"prompt": prompt, "answer": chat.answer(r[answer])[:max_length - len(prompt)],
-                             "query": encoder_chat.query(r["query"])[:max_length], "p": r["p"]})
+                             "query": encoder_chat.query(r["query"])[:max_length] if encoder_chat else [], "p": r["p"]})
     return examples
 
 
