@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from data import TRAITS, UserError, held_out, load_records, run_program, split, tokenize
-from personafuse import build, find_model, load_run, pick_device, pick_dtype
+from personafuse import build, find_model, load_run, pick_device, pick_dtype, read_settings
 from router import average_precision, pole_auc
 from tasks.harness import TASKS, ask_model, cot_prompt, load_tasks, run_benchmark
 from tasks.judged import JUDGED, compare_pairs, judge, questions
@@ -46,8 +46,9 @@ def print_table(header, rows):
 # ------------------------------------------------------------------------------------------------- the held-out records
 
 def measure(name, model, good, naive, w, mixes):
-    """A row of the comparison: losses of good (Persona-CoT) and naive examples at weights w; if `mixes`, the ranking by w."""
-    nll, counts, nll2, counts2 = (t.double().cpu().numpy() for side in (good, naive) for t in model.response_nll(side, w)[:2])
+    """A row of the comparison: losses of good (Persona-CoT) and naive examples at w; if it mixes, the ranking by w."""
+    nll, counts, nll2, counts2 = (t.double().cpu().numpy()
+                                  for side in (good, naive) for t in model.response_nll(side, w)[:2])
     prefers, n = nll / counts < nll2 / counts2, len(good)
     row = {"name": name, "nll": nll, "counts": counts, "loss": bootstrap(lambda i: nll[i].sum() / counts[i].sum(), n),
            "prefers": bootstrap(lambda i: 100 * prefers[i].mean(), n)}
@@ -56,20 +57,19 @@ def measure(name, model, good, naive, w, mixes):
         ranks = w.double().cpu().numpy() + 1e-9 * np.random.default_rng(0).random(w.shape)          # ties in random order
         precision = average_precision(ranks, p)
         row["map"] = bootstrap(lambda i: precision[i].mean(), n)
-        row["auc"] = bootstrap(lambda i: np.nanmean(pole_auc(ranks[i], p[i])), n)
+        row["auc"] = bootstrap(lambda i: np.nanmean(pole_auc(ranks[i], p[i])), n, draws=300)
         row["auc_by_pole"] = dict(zip(TRAITS, pole_auc(ranks, p).round(4).tolist()))
     return row
 
 
 def compare(s, device, dtype):
-    """Runs of one base on its held-out records, side by side with the bare base, Persona-CoT prompting, Random Route, uniform
-    weights and an oracle that mixes by p/|p|."""
-    rows, base = [], None
+    """Runs of one base on its held-out records, beside the bare base, Persona-CoT prompting, Random Route, uniform weights
+    and an oracle that mixes by p/|p|."""
+    rows, first = [], read_settings(s.run[0])
+    _, records = split(load_records(first["data"], ("response", "naive_response")))
+    length = first["max_length"]
     for run in s.run:
-        model, settings = load_run(run, device, dtype, base)
-        if base is None:
-            base, length, first = settings["base"], settings["max_length"], Path(run).name
-            _, records = split(load_records(settings["data"], ("response", "naive_response")))
+        model, _ = load_run(run, device, dtype)
         sides = [tokenize(records, model.chat, model.encoder_chat, length, key)
                  for key in ("response", "naive_response")]
         kept = [r for r in records if len(model.chat.prompt(r["query"])) < length]       # those that tokenize kept
@@ -82,7 +82,7 @@ def compare(s, device, dtype):
             if all(len(r["prompt"]) + len(r["answer"]) <= context for side in sides_cot for r in side):
                 rows.append(measure("Persona-CoT prompting", model, *sides_cot, None, False))
             else:
-                print(f"left out: Persona-CoT prompting, whose prompt and answer exceed the base's {context} tokens", file=sys.stderr)
+                print(f"left out: Persona-CoT prompting, longer than the base's {context} tokens", file=sys.stderr)
         name, mixes = Path(run).name, model.experts > 1
         if model.router or not mixes:
             rows.append(measure(name, model, *sides, model.mixing_weights(queries, "learned", s.top_k), mixes))
@@ -91,22 +91,25 @@ def compare(s, device, dtype):
                 w = model.mixing_weights(queries, route, seed=s.seed)
                 rows.append(measure(f"{name}, {route}", model, *sides, w, route != "uniform"))
             rows.append(measure(f"{name}, oracle", model, *sides, p / p.sum(dim=1, keepdim=True), True))
-    n, reference = len(queries), next((r for r in rows if r["name"] == first), rows[0])
-    for r in rows:                                              # the same records were drawn for both: the interval is paired
-        r["difference"] = r is not reference and bootstrap(lambda i: r["nll"][i].sum() / r["counts"][i].sum()
-                                                           - reference["nll"][i].sum() / reference["counts"][i].sum(), n)
+    n, reference = len(queries), next((r for r in rows if r["name"] == Path(s.run[0]).name), rows[0])
+
+    def loss(r, i):
+        return r["nll"][i].sum() / r["counts"][i].sum()
+    for r in rows:                                              # the same records for both: the interval is a paired one
+        r["difference"] = r is not reference and bootstrap(lambda i: loss(r, i) - loss(reference, i), n)
     rows = [{k: v for k, v in r.items() if k not in ("nll", "counts") and v is not False} for r in rows]
     if s.json:
         return print(json.dumps({"records": n, "reference": reference["name"], "rows": rows}, indent=1))
-    print(f"{n} held-out records; in brackets 95% intervals, by bootstrap over the records. The difference is that of the loss to\n"
-          f"{reference['name']}, paired; = marks one that is smaller than its interval: these records do not tell it from none.\n")
+    print(f"{n} held-out records; in brackets 95% intervals, by bootstrap over the records. The difference is that of the\n"
+          f"loss to {reference['name']}, paired; = marks one smaller than its interval: not told from 0 by these records.\n")
     print_table(["", "loss per token", "difference", "% prefers Persona-CoT", "router mAP", "mean AUC"], [
         [r["name"], shown(r["loss"], 3), shown(r.get("difference"), 3) + smaller(r.get("difference")),
          shown(r["prefers"], 0), shown(r.get("map")), shown(r.get("auc"))] for r in rows])
     ranked = [r for r in rows if "auc" in r and not re.search("random[25]", r["name"])]
     if ranked:
         print("\nAUC by pole")
-        print_table(["", *[r["name"] for r in ranked]], [[t, *[f"{r['auc_by_pole'][t]:.2f}" for r in ranked]] for t in TRAITS])
+        print_table(["", *[r["name"] for r in ranked]],
+                    [[t, *[f"{r['auc_by_pole'][t]:.2f}" for r in ranked]] for t in TRAITS])
 
 
 def smaller(difference):
@@ -127,17 +130,17 @@ def run_tasks(s, device, dtype):
     if any(name in TASKS for name in names):
         tasks = load_tasks([name for name in names if name in TASKS], s.data)
     asked = {name: questions(name, s.data, s.limit) for name in names if JUDGED.get(name)}
-    columns, said, base = {}, {}, None
+    columns, said = {}, {}
     for run in s.run:
-        model, settings = load_run(run, device, dtype, base)
-        base, label = settings["base"], Path(run).name + ("" if s.route == "learned" else f", {s.route}")
+        model, settings = load_run(run, device, dtype)
+        label = Path(run).name + ("" if s.route == "learned" else f", {s.route}")
         rows = columns[label] = {}
         for name in names:
             if name in tasks:
-                rows |= run_benchmark(name, tasks[name], model, s, find_model(base))
+                rows |= run_benchmark(name, tasks[name], model, s, find_model(settings["base"]))
             elif name in asked:
                 rows |= judge(name, asked[name], ask_model(model, [q for q, _ in asked[name]], s, s.max_new_tokens), s)
-            else:                                               # pairwise: the held-out queries, against the first that answers
+            else:                                               # pairwise: the held-out queries, against all before it
                 _, records = split(load_records(settings["data"]))
                 queries = [r["query"] for r in records][:s.limit]
                 if not said:
@@ -151,16 +154,18 @@ def run_tasks(s, device, dtype):
     table = {}
     for label, rows in columns.items():
         for row, (points, weights, chance, unusable) in rows.items():
-            interval = bootstrap(lambda i: points[i].sum() / max(weights[i].sum(), 1e-9), len(points)) if len(points) else None
-            table.setdefault(row, {})[label] = {"score": interval, "n": len(points), "chance": chance, "unusable": unusable}
+            score = bootstrap(lambda i: points[i].sum() / weights[i].sum(), len(points)) if sum(weights) else None
+            table.setdefault(row, {})[label] = {"score": score, "n": len(points), "chance": chance, "unusable": unusable}
     if s.json:
         return print(json.dumps(table, indent=1))
-    print("Scores from 0 to 100 where no other scale is named, in brackets 95% intervals by bootstrap over the questions, behind /\n"
-          "the answers that could not be used (wrong, or guessed for, as the benchmark's authors do); what guessing scores: chance.\n")
-    print_table(["", "n", "chance", *columns], [
-        [row, max(c["n"] for c in cells.values()), "{:.1f}".format(next(iter(cells.values()))["chance"]).replace("nan", ""),
-         *[shown(cells[k]["score"], 1) + f" / {cells[k]['unusable']}" if k in cells else "" for k in columns]]
-        for row, cells in table.items()])
+    print("Scores from 0 to 100 where no other scale is named; in brackets 95% intervals, by bootstrap over the questions;\n"
+          "behind / the answers that could not be used (wrong, or guessed for, as the benchmark's authors do).\n")
+    lines = []
+    for row, cells in table.items():
+        n, chance = (next(iter(cells.values()))[key] for key in ("n", "chance"))
+        lines.append([row, n, "" if chance is None else f"{chance:.1f}",
+                      *[f"{shown(cells[k]['score'], 1)} / {cells[k]['unusable']}" if k in cells else "" for k in columns]])
+    print_table(["", "n", "chance", *columns], lines)
 
 
 # ---------------------------------------------------------------------------------------------------- the encoder probe
@@ -174,7 +179,7 @@ def labelled(path):
         if isinstance(records, dict):
             domains = Path(path).with_name("domains.json")
             of = {i: domain for domain, intents in read(domains).items() for i in intents} if domains.exists() else {}
-            train, test = ([(t, of.get(y, y)) for key in (side, f"oos_{side}") for t, y in records[key]] for side in ("train", "test"))
+            train, test = ([(t, of.get(y, y)) for t, y in records[k] + records["oos_" + k]] for k in ("train", "test"))
         else:
             pairs = [(r["text"], r["label"]) for r in records if r["text"]]
             train, test = ([pair for pair in pairs if held_out(pair[0]) == side] for side in (False, True))
@@ -221,23 +226,24 @@ def probe(s, device, dtype):
                 right[name] = (softmax_regression(h, y, h_test) == y_test).double().cpu().numpy()
         gain = right[Path(run).name] - right[untrained]
         rows += [(n, bootstrap(lambda i: 100 * right[n][i].mean(), len(test))) for n in (untrained, Path(run).name)]
-        rows.append(("  gain", bootstrap(lambda i: 100 * gain[i].mean(), len(test))))
+        rows.append((f"gain of {Path(run).name}", bootstrap(lambda i: 100 * gain[i].mean(), len(test))))
     if s.json:
-        return print(json.dumps({"train": len(train), "test": len(test), "classes": len(classes), "accuracy": dict(rows)}, indent=1))
+        return print(json.dumps({"train": len(train), "test": len(test), "classes": len(classes), "accuracy": dict(rows)}))
     most = (y_test == y.bincount().argmax()).double().mean().item()
-    print(f"{len(train)} training and {len(test)} test texts, {len(classes)} classes; always the commonest: {100 * most:.1f}%\n")
-    print_table(["", "accuracy in %, 95% interval"], [(n, shown(a, 1) + (smaller(a) if n == "  gain" else "")) for n, a in dict(rows).items()])
+    print(f"{len(train)} training, {len(test)} test texts, {len(classes)} classes; always the commonest {100 * most:.1f}%\n")
+    print_table(["", "accuracy in %, 95% interval"],
+                [(n, shown(a, 1) + (smaller(a) if n.startswith("gain") else "")) for n, a in dict(rows).items()])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--run", action="append", required=True, metavar="DIR", help="a folder that train.py wrote; may be given several times")
+    add("--run", action="append", required=True, metavar="DIR", help="a folder that train.py wrote; may be given again")
     add("--tasks", help=f"benchmarks, with commas between them: {', '.join([*TASKS, *JUDGED])}")
     add("--data", metavar="DIR", help="where the benchmarks' files are (default: the hub, for those that are there)")
     add("--limit", type=int, help="only the first so many questions of each task")
-    add("--route", choices=ROUTES, default="learned", help="for --tasks, how the experts are mixed; none is the bare base, cot the "
-        "bare base answering through the Persona-CoT prompt (default: learned)")
+    add("--route", choices=ROUTES, default="learned", help="for --tasks, how the experts are mixed; none is the bare base, "
+        "cot the bare base answering through the Persona-CoT prompt (default: learned)")
     add("--top-k", type=int, help="keep only the k largest of the router's weights, scaled to sum to 1")
     add("--no-chat", action="store_true", help="give the base the harness's text as it stands, without the chat format")
     add("--max-new-tokens", type=int, default=400, help="of answers in free text (default: 400)")
@@ -251,6 +257,9 @@ def main():
     s = parser.parse_args()
     if s.top_k is not None and not 1 <= s.top_k <= len(TRAITS) or s.limit is not None and s.limit < 1:
         parser.error(f"--top-k is 1 to {len(TRAITS)}, --limit at least 1")
+    base = read_settings(s.run[0])["base"]
+    for run in s.run[1:]:                                       # before anything is loaded
+        read_settings(run, base)
     device = pick_device(s.device)
     (run_tasks if s.tasks else probe if s.probe else compare)(s, device, pick_dtype(s.dtype, device))
 

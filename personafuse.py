@@ -518,8 +518,8 @@ def build(settings, device, dtype, run=None):
     return PersonaFuse(base, chat, router, encoder_chat).requires_grad_(False)
 
 
-def load_run(run, device, dtype, base=None):
-    """A trained model from the folder that train.py wrote -> (PersonaFuse, its settings). `base`, if given, must be its."""
+def read_settings(run, base=None):
+    """What train.py was told, from the folder that it wrote. `base`, if given, must be the run's."""
     path = Path(run) / "personafuse.json"
     try:
         settings = json.loads(path.read_text())
@@ -529,6 +529,12 @@ def load_run(run, device, dtype, base=None):
         raise UserError(f"cannot read {path}: {e}")
     if base and absolute(base) != settings["base"]:
         raise UserError(f"the run {run} was made for the base {settings['base']}, not for {base}")
+    return settings
+
+
+def load_run(run, device, dtype, base=None):
+    """A trained model from the folder that train.py wrote -> (PersonaFuse, its settings). `base`, if given, must be its."""
+    settings = read_settings(run, base)
     return build(settings, device, dtype, run), settings
 
 

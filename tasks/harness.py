@@ -1,8 +1,10 @@
-"""The paper's benchmarks through lm-eval, EleutherAI's evaluation harness: our model as it wants one, and its results by row."""
+"""The paper's benchmarks through lm-eval, EleutherAI's evaluation harness: our model as it wants it, its results as rows."""
 
 import json
 import logging
 import re
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from data import UserError
 from personafuse import generate
 from tasks.utils import SOURCES, TRIES, vote_by_question
 
-TASKS = {           # a benchmark's name -> the harness's tasks, their metric, its factor to a scale of 100, what chance scores
+TASKS = {           # a benchmark's name -> the harness's tasks, their metric, its factor to a scale of 100, chance
     "emobench": (["emobench_ea", "emobench_eu"], "acc", 100, None),             # None: as its records say
     "eq_bench": (["eq_bench"], "eqbench", 1, 0),            # its scale is made so that random answers score 0
     "tombench": (["tombench"], "acc", 100, None),
@@ -68,15 +70,17 @@ def respond(model, prompts, w, max_new_tokens, until=()):
 
 def ask_model(model, texts, s, max_new_tokens, queries=None, until=(), raw=False):
     """Texts -> answers, mixed by --route for `queries` (default: the texts). With --route cot the bare base answers through
-    the Persona-CoT prompt (Table 9), and what stands under ##Response: counts; all of it where the format is not kept."""
+    the Persona-CoT prompt (Table 9), and its response counts; the whole answer where it does not keep to the format."""
     w = model.mixing_weights(queries or texts, s.route if s.route != "cot" else "none", s.top_k, s.seed)
     if s.route == "cot":
         texts, max_new_tokens = [cot_prompt(t) for t in texts], max_new_tokens + 512
     prompts = [model.chat.prefix + model.chat.encode(t) if raw else model.chat.prompt(t) for t in texts]
     answers = respond(model, prompts, w, min(max_new_tokens, model.base.config.max_position_embeddings // 2), until)
-    if s.route == "cot":
-        found = [re.search(r"##\s*Response:?(.*?)(##|$)", a, re.S) for a in answers]
-        answers = [f[1] if f else a for f, a in zip(found, answers)]
+    for i, answer in enumerate(answers if s.route == "cot" else ()):
+        try:
+            answers[i] = data.parse_answer(answer)["response"]
+        except ValueError:
+            pass
     return [a if raw else a.strip() for a in answers]
 
 
@@ -95,9 +99,10 @@ def harness_model(model, s, tasks, folder):
         return model.chat.prefix + model.chat.encode(text)
 
     def encode(before, after):
-        """A pair of texts -> token ids of each: encoded together, then parted, as the harness does (unless in chat format)."""
+        """A pair of texts -> token ids of each. Without chat format encoded together, then parted, as the harness does."""
         if not s.no_chat:
-            return model.chat.prompt(cot_prompt(before) if s.route == "cot" else before), model.chat.answer(after.strip())[:-1]
+            before = cot_prompt(before) if s.route == "cot" else before
+            return model.chat.prompt(before), model.chat.answer(after.strip())[:-1]
         before, after = before.rstrip(), before[len(before.rstrip()):] + after
         if not before:
             ids = model.chat.encode(after)
@@ -121,8 +126,8 @@ def harness_model(model, s, tasks, folder):
             from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
             sums = []
             for r in requests:
-                windows = map(make_disjoint_window, get_rolling_token_windows(model.chat.encode(r.args[0]), first, context, 1))
-                pairs = list(windows)
+                windows = get_rolling_token_windows(tokens(r.args[0]), first, context, 1)
+                pairs = [make_disjoint_window(pair) for pair in windows]
                 sums.append(sum(ll for ll, _ in likelihoods(pairs, [r.args[0]] * len(pairs))))
             return sums
 
@@ -142,12 +147,13 @@ def harness_model(model, s, tasks, folder):
 
 
 def run_benchmark(name, tasks, model, s, folder):
-    """{row of the table: (points and weights of its questions, what chance scores, unusable answers)}, groups after the whole."""
+    """{row of the table: (points and weights of its questions, chance, unusable answers)}, groups after their whole."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
     limit = s.limit and s.limit * (TRIES if name == "tombench" else 1)
-    samples = simple_evaluate(model=harness_model(model, s, tasks, folder), tasks=list(tasks.values()), limit=limit,
-                              task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, log_samples=True)["samples"]
+    with redirect_stdout(sys.stderr):                   # some of the harness's scoring prints what it cannot use
+        samples = simple_evaluate(model=harness_model(model, s, tasks, folder), tasks=list(tasks.values()), limit=limit,
+                                  task_manager=TaskManager(include_defaults=False), bootstrap_iters=0)["samples"]
     _, metric, scale, fixed = TASKS[name]
     rows = {}
     for task, entries in samples.items():
@@ -157,8 +163,8 @@ def run_benchmark(name, tasks, model, s, folder):
                 scores = [e[metric] for e in part]
                 if name == "tombench":
                     scores = list(vote_by_question(scores).values())
-                unusable = sum(e["filtered_resps"] == ["[invalid]"] or e.get("unparsed") == 1 or e.get("percent_parseable") == 0
-                               for e in part)
+                unusable = sum(e["filtered_resps"] == ["[invalid]"] or e.get("unparsed") == 1
+                               or e.get("percent_parseable") == 0 for e in part)
                 chance = np.mean([e["doc"]["chance"] for e in part]) if fixed is None else fixed
                 label = f"{task}: {group}" if group else task if kind == "none" else f"{task} ({kind})"
                 rows[label] = (np.array(scores, dtype=float) * scale, np.ones(len(scores)), 100 * chance, unusable)

@@ -1,4 +1,4 @@
-"""Answers in free text: a judge (any OpenAI-compatible endpoint) rates or compares them; Shop MMLU's lie near a reference or not.
+"""Answers in free text: a judge (any OpenAI-compatible endpoint) rates or compares them; Shop MMLU has references.
 
 A rating that cannot be read is asked for again, three times in all, and then counted as unusable and left out of the mean.
 """
@@ -23,8 +23,8 @@ They wrote:
 The answer:
 {answer}
 
-Rate the answer from 1 (useless or harmful) to 10 (could not be better) in each respect below, and as a whole. Write one line for
-each, its name as it stands here, a colon and a whole number, and nothing else:
+Rate the answer from 1 (useless or harmful) to 10 (could not be better) in each respect below, and as a whole. Write one line
+for each, its name as it stands here, a colon and a whole number, and nothing else:
 """ + "".join(f"{d}: <1-10>\n" for d in [*DIMENSIONS, "overall"])
 PAIR = """Two assistants answered the same message. Judge whose answer is better: right, helpful, fitting the person and the
 situation. Neither length nor the order in which they stand counts.
@@ -38,8 +38,9 @@ The answer of assistant A:
 The answer of assistant B:
 {b}
 
-Explain in a few sentences, then end with exactly one verdict: [[A>>B]] (A is much better), [[A>B]], [[A=B]], [[B>A]] or [[B>>A]]."""
-VERDICTS = {"A>>B": [1, 1, 1], "A>B": [1], "A=B": [0.5], "B>A": [0], "B>>A": [0, 0, 0]}     # "much" counts thrice (Arena-Hard)
+Explain in a few sentences, then end with exactly one verdict: [[A>>B]] (A is much better), [[A>B]], [[A=B]], [[B>A]] or
+[[B>>A]]."""
+VERDICTS = {"A>>B": [1, 1, 1], "A>B": [1], "A=B": [0.5], "B>A": [0], "B>>A": [0, 0, 0]}     # "much" thrice, as Arena-Hard
 
 
 def questions(name, folder, limit):
@@ -53,7 +54,8 @@ def questions(name, folder, limit):
         return guarded(lambda: [(query(r), r["target_field"]) for r in records])
     if name == "mentalchat":
         return guarded(lambda: [(query(r), None) for r in records])
-    theirs = guarded(lambda: {r["question_id"]: query(r["choices"][0]) for r in read(find(name, "gpt-4-0314.jsonl", folder))})
+    baseline = read(find(name, "gpt-4-0314.jsonl", folder))
+    theirs = guarded(lambda: {r["question_id"]: query(r["choices"][0]) for r in baseline})
     return guarded(lambda: [(query(r), theirs[r["question_id"]]) for r in records])
 
 
@@ -109,11 +111,11 @@ def judge(name, asked, answers, s):
             raise UserError("shop_mmlu compares embeddings: pip install sentence-transformers")
         encoder = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
         a, b = (encoder.encode(list(texts), normalize_embeddings=True) for texts in (answers, theirs))
-        return {"shop_mmlu (cosine)": (100 * (a * b).sum(axis=1), np.ones(len(a)), float("nan"), 0)}
+        return {"shop_mmlu (cosine)": (100 * (a * b).sum(axis=1), np.ones(len(a)), None, 0)}
     if name == "mentalchat":
         found = ask_judge(s, [RATE.replace("{query}", q).replace("{answer}", a) for q, a in zip(queries, answers)], ratings)
         usable = [f for f in found if f]
-        return {f"mentalchat: {d} (1 to 10)": (np.array([f[d] for f in usable], dtype=float), np.ones(len(usable)), float("nan"),
+        return {f"mentalchat: {d} (1 to 10)": (np.array([f[d] for f in usable], dtype=float), np.ones(len(usable)), None,
                                                found.count(None)) for d in [*DIMENSIONS, "overall"]}
     points, weights, unusable = compare_pairs(s, queries, answers, theirs)
     return {f"{name} (% of verdicts won)": (100 * points, weights, 50, unusable)}

@@ -10,6 +10,7 @@ import io
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 from data import UserError
@@ -32,7 +33,7 @@ SOURCES = {
 def find(benchmark, name, folder):
     """A benchmark's file under --data or its subfolder of the benchmark's name; UserError says where to get it."""
     if folder is None:
-        raise UserError(f"{benchmark} is read from files: get {name} from {SOURCES[benchmark]}, and give its folder with --data")
+        raise UserError(f"{benchmark} is read from files: get {name} from {SOURCES[benchmark]}, then give --data DIR")
     for path in (Path(folder) / name, Path(folder) / benchmark / name):
         if path.exists():
             return path
@@ -45,10 +46,9 @@ def read(path):
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             return list(csv.DictReader(io.StringIO(text, newline="")))
-        try:
+        if path.suffix == ".json" and not re.match(r"\s*\{.*\}\s*\n\s*\{", text):    # some .json files are lines of JSON
             return json.loads(text)
-        except ValueError:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path}: {e}")
 
@@ -81,8 +81,8 @@ def emobench(name, config, folder, record):
         try:
             rows, path = list(load_dataset("SahandSab/EmoBench", config, split="train")), "SahandSab/EmoBench"
         except Exception as e:                      # datasets and the hub's client raise many types
-            raise UserError(f"emobench: the hub was not reached ({type(e).__name__}); get {name} from {SOURCES['emobench']}, "
-                            "and give its folder with --data")
+            raise UserError(f"emobench: the hub was not reached ({type(e).__name__}); get {name} from "
+                            f"{SOURCES['emobench']}, then give --data DIR")
     else:
         path = find("emobench", name, folder)
         rows = read(path)
@@ -91,7 +91,7 @@ def emobench(name, config, folder, record):
 
 def emobench_ea(data=None, **_):
     return emobench("EA.jsonl", "emotional_application", data, lambda r: {
-        "text": f"{r['scenario']}\n\nWhich {r['question type'].lower()} would be the most effective for {r['subject']} here?\n"
+        "text": f"{r['scenario']}\n\nWhich {r['question type'].lower()} would be most effective for {r['subject']} here?\n"
                 f"{options(r['choices'])}\n\nGive one answer and nothing else, by its letter, as JSON: "
                 '{"answer": "<letter>"}',
         "answers": {"answer": LETTERS[r["choices"].index(r["label"])]},
@@ -100,7 +100,8 @@ def emobench_ea(data=None, **_):
 
 def emobench_eu(data=None, **_):
     return emobench("EU.jsonl", "emotional_understanding", data, lambda r: {
-        "text": f"{r['scenario']}\n\nQuestion 1: what does {r['subject']} feel in the end?\n{options(r['emotion_choices'])}\n\n"
+        "text": f"{r['scenario']}\n\nQuestion 1: what does {r['subject']} feel in the end?\n"
+                f"{options(r['emotion_choices'])}\n\n"
                 f"Question 2: why does {r['subject']} feel so?\n{options(r['cause_choices'])}\n\n"
                 "Give one answer to each and nothing else, by its letter, as JSON: "
                 '{"answer_q1": "<letter>", "answer_q2": "<letter>"}',
@@ -130,7 +131,8 @@ def tombench(data=None, **_):
         {"question": f"{path.stem} {n}", "text": r["STORY"] + "\n\n" + r["QUESTION"],
          "options": [str(r[f"OPTION-{x}"]).removeprefix(f"{x}. ") for x in "ABCD" if r.get(f"OPTION-{x}")],
          "answer": r["答案\nANSWER"].strip()[0],
-         "groups": [f"task: {path.stem}", "ability: " + " ".join(r["能力\nABILITY"].replace("Non-literal", "Non-Literal").split())]}
+         "groups": [f"task: {path.stem}",
+                    "ability: " + " ".join(r["能力\nABILITY"].replace("Non-literal", "Non-Literal").split())]}
         for path in sorted(folder.glob("*.jsonl")) for n, r in enumerate(read(path)) if "能力\nABILITY" in r])
     random.Random(0).shuffle(docs)                  # so that --limit takes from all tasks
     rows = []
@@ -140,8 +142,8 @@ def tombench(data=None, **_):
             random.Random(f"{d['question']} {t}").shuffle(order)
             listed = [d["options"]["ABCD".index(x)] for x in order]
             rows.append({**{k: d[k] for k in ("question", "answer", "groups")}, "order": order, "chance": 1 / len(order),
-                         "text": f"{d['text']}\n{options(listed)}\n\nChoose the likeliest answer, even where the story leaves it "
-                                 "open, and write its letter in double square brackets, as in [[A]], and nothing else."})
+                         "text": f"{d['text']}\n{options(listed)}\n\nChoose the likeliest answer, even where the story "
+                                 "leaves it open, and write nothing but its letter in double square brackets, as in [[A]]."})
     return split(rows, folder)
 
 
@@ -220,6 +222,7 @@ def gsm8k(data=None, **_):
         train = read(path.parent / "train.jsonl")
     else:
         test, train = test[:-5], test[-5:]
+        print(f"gsm8k: no train.jsonl beside {path.name}, so its last five problems serve as examples", file=sys.stderr)
     return split(test, path, train=train)
 
 
