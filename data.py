@@ -81,7 +81,8 @@ def check_record(record, answers=("response",)):
         raise ValueError("not a JSON object")
     for key in ("query", "social_traits", "task_traits", *answers):
         if key not in record:
-            raise ValueError(f"missing key {key!r}")
+            how = {"naive_response": "--naive", "human_like_response": "--human-like"}.get(key)
+            raise ValueError(f"missing key {key!r}" + (f" (`python data.py generate {how}` makes it)" if how else ""))
         if key.endswith("traits"):
             if not isinstance(record[key], list):
                 raise ValueError(f"{key} is not a list")

@@ -147,7 +147,7 @@ class Cache:
         c = llama.config
         weight = llama.embed_tokens.weight
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=llama.dtype, device=weight.device) for _ in "kv")
+        self.k, self.v = (torch.zeros(shape, dtype=llama.dtype, device=weight.device) for _ in "kv")     # masked, not NaN
         self.lengths = [0] * rows
 
     def move(self, source, target):

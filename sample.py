@@ -27,9 +27,9 @@ def newest_run():
 
 def mixing_weights(model, queries, s):
     """What --traits or --route says -> w (len(queries), E), or None for the bare base."""
-    n, E = len(queries), model.experts
     if s.route == "none":
         return None
+    n, E = len(queries), model.experts
     if s.traits is not None:
         if E != len(TRAITS):
             raise UserError("this run has a single LoRA: --traits needs the ten experts of --variant personafuse")

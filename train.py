@@ -334,6 +334,8 @@ def run_stage(model, stage, first, examples, s, out, stop, world, rank):
             dist.all_reduce(flag)
             stop += [signal.SIGTERM] * int(flag.item() > len(stop))
         if lead:
+            if stage == 1:
+                losses["lm"] /= len(s.names)                            # of one expert, as the others see it
             main_loss = losses.get("joint", losses.get("router", losses.get("lm")))
             count = sum(len(r["query"]) if stage == 2 else len(r["prompt"]) + len(r["answer"]) for r, _, _ in batch)
             speed = count / (time.time() - began)
@@ -376,7 +378,12 @@ def main():
         dist.broadcast_object_list(at)
     (stage_at, step_at), loss_base = at[0], None
     model = build(vars(s), device, pick_dtype(s.dtype, device))
+    records = len(training) + len(held)
     training, held = (tokenize(r, model.chat, model.encoder_chat, s.max_length, answer) for r in (training, held))
+    if rank == 0 and len(training) + len(held) < records:
+        print(f"{records - len(training) - len(held)} of {records} records left out: their prompt has --max-length tokens or more")
+    if not training:
+        raise UserError(f"{s.data} has no record to train on")
     for n in range(1, stage_at):
         if (out / f"stage{n}.safetensors").exists():
             load_state(out / f"stage{n}.safetensors", model)
@@ -384,11 +391,12 @@ def main():
         if stage < stage_at:
             continue
         run_stage(model, stage, step_at if stage == stage_at else 0, training, s, out, stop, world, rank)
-        if rank == 0:
+        if rank == 0 and held:
             seen = evaluate(model, held, training, s, loss_base, routed=stage > 1)
             loss_base = seen["loss_base"]
             print_evaluation(seen, len(held))
             log(out, {"stage": stage, "step": (s.steps1, s.steps2, s.steps3)[stage - 1], "held_out": seen})
+        if rank == 0:
             export(model, out, s, routed=stage > 1)
     if rank == 0:
         print(f"done: {out}; now: python sample.py --run {out} \"I feel anxious\"")

@@ -1,0 +1,115 @@
+"""Small models in the Hugging Face layout, made on the spot: true in every particular but size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"          # before anything imports huggingface_hub: no test reaches the network
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+
+from personafuse import Config, Llama  # noqa: E402
+
+torch.set_num_threads(2)
+
+MINI = dict(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, vocab_size=400, rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=512,
+            hidden_act="silu", tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+FAMILIES = {        # what sets each family's config.json apart
+    "llama31": dict(rope_scaling=LLAMA3, rope_theta=500000.0, tie_word_embeddings=False),
+    "smollm2": dict(rope_theta=100000),
+    "smollm2-1.7b": dict(num_key_value_heads=4, rope_theta=130000),
+    "qwen25": dict(model_type="qwen2", rope_theta=1000000.0, rms_norm_eps=1e-6),
+    "falcon3": dict(head_dim=16, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False),
+}
+
+
+def make_tokenizer(path, special=("<|endoftext|>",), texts=None, size=400):
+    """A byte-level BPE tokenizer.json, trained on `texts` (default: the bundled queries)."""
+    if texts is None:
+        texts = [json.loads(line)["query"] for line in (ROOT / "persona_cot.jsonl").read_text().splitlines()[:200]]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tokenizer.save(str(path))
+
+
+def make_model(folder, shards=1, dtype=torch.float32, seed=0, special=("<|endoftext|>",), **changes):
+    """A model folder with random weights: config.json, tokenizer.json, and safetensors in one or several shards."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**MINI, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    make_tokenizer(folder / "tokenizer.json", special, size=config["vocab_size"])
+    llama, generator = Llama(Config.from_folder(folder)), torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, t in llama.named_parameters():
+        value = torch.randn(t.shape, generator=generator) * (0.1 if t.dim() > 1 else 0.2) + (0 if t.dim() > 1 or "bias" in name else 1)
+        tensors[name if name.startswith("lm_head") else "model." + name] = value.to(dtype)
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        files = {n: f"model-{k % shards + 1:05d}-of-{shards:05d}.safetensors" for k, n in enumerate(names)}
+        for file in set(files.values()):
+            save_file({n: tensors[n] for n in names if files[n] == file}, folder / file, metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory):
+    """The folder of a very small Llama, base and encoder of the training tests."""
+    return make_model(tmp_path_factory.mktemp("mini") / "mini")
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """The first 120 bundled records, as a data file."""
+    path = tmp_path_factory.mktemp("data") / "small.jsonl"
+    path.write_text("".join((ROOT / "persona_cot.jsonl").read_text().splitlines(keepends=True)[:120]))
+    return path
+
+
+def program(*arguments, cwd=ROOT, **options):
+    """Run a program of the project as a user does -> CompletedProcess with text output."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=240,
+                          **options)
+
+
+def fails_in_one_line(result, *words):
+    """Exit code 2, one line on standard error that holds all the words, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr and len(lines) == 1, result.stderr
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+    return True
+
+
+FAST = ["--steps1", 3, "--batch1", 2, "--steps2", 3, "--batch2", 8, "--steps3", 2, "--batch3", 6, "--max-length", 160]
+
+
+def train_arguments(mini, data, out, *more):
+    return ["train.py", "--base", mini, "--encoder", mini, "--data", data, "--out", out, *FAST, *more]
+
+
+@pytest.fixture(scope="session")
+def run(mini, small_data, tmp_path_factory):
+    """A finished run on the mini base: its folder."""
+    out = tmp_path_factory.mktemp("runs") / "mini"
+    result = program(*[str(ROOT / a) if a == "train.py" else a for a in train_arguments(mini, small_data, out)])
+    assert result.returncode == 0, result.stderr
+    return out

@@ -1,0 +1,111 @@
+"""sample.py as a user runs it, on the small run."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, fails_in_one_line, program
+
+from data import TRAITS
+from personafuse import load_run
+from test_llama import plain_greedy
+
+
+def sample(*arguments, **options):
+    return program("sample.py", *arguments, "--max-new-tokens", 12, **options)
+
+
+class PlainMix:
+    """The base with w fixed, for plain_greedy."""
+
+    def __init__(self, base, w):
+        self.base, self.w, self.logits = base, w, base.logits
+
+    def __call__(self, ids):
+        return self.base(ids, self.w[None])
+
+
+def test_bars_strongest_first_then_the_plain_loops_answer(run):
+    result = sample("I feel anxious", "--run", run)
+    assert result.returncode == 0, result.stderr
+    bars, text = result.stdout.split("\n\n", 1)
+    rows = [line.strip().rsplit(maxsplit=2) for line in bars.splitlines()]
+    model, _ = load_run(run, torch.device("cpu"), torch.float32)
+    w = model.route([model.encoder_chat.query("I feel anxious")])[0]
+    shown = {row[0].strip(): float(row[1]) for row in rows}
+    assert shown == {name: pytest.approx(x, abs=6e-4) for name, x in zip(TRAITS, w.tolist())}
+    assert list(shown.values()) == sorted(shown.values(), reverse=True)
+    with torch.no_grad():                                       # mixed at every layer, not merged, the whole pass every time
+        ids = plain_greedy(PlainMix(model.base, w), model.chat.prompt("I feel anxious"), 12, model.chat.stop)
+    assert text.strip() == model.chat.decode(ids).strip()
+
+
+def test_json_of_one_and_of_a_file(run, tmp_path):
+    queries = ["I feel anxious", "argue with me", "ok", "Tell me a long story about a family and their dog."]
+    (tmp_path / "q.txt").write_text("\n".join(queries) + "\n")
+    many = [json.loads(line) for line in sample("--file", tmp_path / "q.txt", "--json", "--run", run).stdout.splitlines()]
+    assert [m["query"] for m in many] == queries
+    for one in (many[0], many[3]):
+        alone = json.loads(sample(one["query"], "--json", "--run", run).stdout)
+        assert alone["response"] == one["response"]
+        assert alone["weights"] == {k: pytest.approx(v, abs=1e-5) for k, v in one["weights"].items()}
+        assert list(alone["weights"]) == TRAITS and sum(alone["weights"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_routes(run, mini):
+    def weights(*how):
+        return json.loads(sample("hi", "--json", "--run", run, *how).stdout)["weights"]
+
+    assert set(weights("--route", "uniform").values()) == {0.1}
+    for k, each in ((1, 1), (2, 0.5), (5, 0.2)):
+        assert sorted(weights("--route", f"random{k}").values(), reverse=True)[:k + 1] == [each] * k + [0]
+    assert weights("--route", "random2", "--seed", 1) != weights("--route", "random2", "--seed", 2)
+    by_hand = weights("--traits", "high agreeableness=0.7, low neuroticism=0.3")
+    assert {k: v for k, v in by_hand.items() if v} == {"high agreeableness": pytest.approx(0.7), "low neuroticism": pytest.approx(0.3)}
+    bare = json.loads(sample("hi", "--json", "--route", "none", "--base", mini).stdout)
+    assert bare == json.loads(sample("hi", "--json", "--route", "none", "--run", run).stdout) and bare["weights"] is None
+
+
+def test_compare_shows_the_bare_base_and_personafuse(run):
+    text = sample("hi", "--run", run, "--compare").stdout
+    bare = json.loads(sample("hi", "--json", "--route", "none", "--run", run).stdout)["response"]
+    mixed = json.loads(sample("hi", "--json", "--run", run).stdout)["response"]
+    assert text.split("bare base:\n")[1].split() == [*bare.split(), "PersonaFuse:", *mixed.split()]
+
+
+def test_sampling_repeats_with_its_seed(run):
+    def ask(seed):
+        return sample("hi", "--run", run, "--temperature", 1.5, "--top-p", 0.9, "--seed", seed).stdout
+
+    assert ask(1) == ask(1) != ask(2)
+
+
+def test_the_newest_run_is_used(run, tmp_path):
+    for name, age in (("old", 100), ("new", 0)):
+        shutil.copytree(run, tmp_path / "out" / name)
+        path = tmp_path / "out" / name / "personafuse.json"
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+    settings = json.loads((tmp_path / "out/old/personafuse.json").read_text())
+    (tmp_path / "out/old/personafuse.json").write_text(json.dumps(settings | {"base": "/nowhere/at-all"}))
+    os.utime(tmp_path / "out/old/personafuse.json", (1, 1))
+    assert program(ROOT / "sample.py", "hi", "--max-new-tokens", 2, cwd=tmp_path).returncode == 0
+
+
+def test_bad_input_ends_in_one_line(run, mini, tmp_path):
+    assert fails_in_one_line(program(ROOT / "sample.py", "hi", cwd=tmp_path), "no run", "train.py")
+    assert fails_in_one_line(sample("hi", "--run", tmp_path), "personafuse.json", "train")
+    assert fails_in_one_line(sample("  ", "--run", run), "empty")
+    assert fails_in_one_line(sample("hi", "--run", run, "--traits", "high ego=1"), "unknown trait 'high ego'")
+    assert fails_in_one_line(sample("hi", "--run", run, "--traits", "high openness=2"), "out of the range")
+    assert fails_in_one_line(sample("hi", "--run", run, "--base", "tiny"), "was made for the base", mini, "tiny")
+    assert fails_in_one_line(sample("word " * 600, "--run", run), "tokens", "512")
+    assert fails_in_one_line(sample("--file", tmp_path / "none", "--json", "--run", run), "none")
+    assert fails_in_one_line(sample("hi", "--base", "owner/model", "--route", "none"), "owner/model", "--base DIR", "tiny")
+    assert fails_in_one_line(sample("hi", "--base", "nothing", "--route", "none"), "nothing", "smollm2")
+    assert fails_in_one_line(sample("hi", "--run", run, "--device", "gpu9"), "gpu9")
+    broken = shutil.copytree(run, tmp_path / "broken")
+    path = broken / "low_openness" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert fails_in_one_line(sample("hi", "--run", broken), path)
