@@ -72,10 +72,13 @@ def ask_model(model, texts, s, max_new_tokens, queries=None, until=(), raw=False
     """Texts -> answers, mixed by --route for `queries` (default: the texts). With --route cot the bare base answers through
     the Persona-CoT prompt (Table 9), and its response counts; the whole answer where it does not keep to the format."""
     w = model.mixing_weights(queries or texts, s.route if s.route != "cot" else "none", s.top_k, s.seed)
+    context = model.base.config.max_position_embeddings
     if s.route == "cot":
-        texts, max_new_tokens = [cot_prompt(t) for t in texts], max_new_tokens + 512
+        texts = [cot_prompt(t) for t in texts]
     prompts = [model.chat.prefix + model.chat.encode(t) if raw else model.chat.prompt(t) for t in texts]
-    answers = respond(model, prompts, w, min(max_new_tokens, model.base.config.max_position_embeddings // 2), until)
+    if s.route == "cot":                                                # its steps come first: 512 tokens, or what there is
+        max_new_tokens = max(max_new_tokens, min(max_new_tokens + 512, context - max(map(len, prompts))))
+    answers = respond(model, prompts, w, min(max_new_tokens, context // 2), until)
     for i, answer in enumerate(answers if s.route == "cot" else ()):
         try:
             answers[i] = data.parse_answer(answer)["response"]
@@ -168,4 +171,11 @@ def run_benchmark(name, tasks, model, s, folder):
                 chance = np.mean([e["doc"]["chance"] for e in part]) if fixed is None else fixed
                 label = f"{task}: {group}" if group else task if kind == "none" else f"{task} ({kind})"
                 rows[label] = (np.array(scores, dtype=float) * scale, np.ones(len(scores)), 100 * chance, unusable)
+    means = {"emobench": {"EA and EU": "emobench_"}, "gpqa": {"the three": "gpqa_"},
+             "tombench": {"tasks": "tombench: task:", "abilities": "tombench: ability:"}}      # as the paper averages them
+    for what, beginning in means.get(name, {}).items():
+        parts = [row for label, row in rows.items()
+                 if label.startswith(beginning) and (label in samples or beginning.endswith(":"))]
+        points, weights = (np.concatenate([row[k] / len(row[1]) for row in parts]) for k in (0, 1))
+        rows[f"{name}: mean of {what}"] = (points, weights, np.mean([row[2] for row in parts]), sum(row[3] for row in parts))
     return rows

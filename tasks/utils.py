@@ -23,10 +23,10 @@ SOURCES = {
     "tombench": "https://github.com/zhchen18/ToMBench, folder data",
     "gpqa": "https://github.com/idavidrein/gpqa, dataset.zip (or the hub, Idavidrein/gpqa, after asking for access)",
     "gsm8k": "https://github.com/openai/grade-school-math, folder grade_school_math/data",
-    "safetybench": "https://github.com/thu-coai/SafetyBench: test_en.json as its README says, answers in opensource_data",
-    "mentalchat": "the 200 questions of https://github.com/ChiaPatricia/MentalChat16K_Main",
+    "safetybench": "https://github.com/thu-coai/SafetyBench (code/download_data.sh; the answers: opensource_data)",
+    "mentalchat": "https://github.com/ChiaPatricia/MentalChat16K_Main: its 200 questions, each as a line {\"query\": ...}",
     "arena_hard": "https://github.com/lmarena/arena-hard-auto, data/arena-hard-v0.1 and its model_answer/gpt-4-0314.jsonl",
-    "shop_mmlu": "https://github.com/KL4805/ShoppingMMLU, data.zip: the review answering file of its generation tasks",
+    "shop_mmlu": "https://github.com/KL4805/ShoppingMMLU, data.zip: the file of its review answering task",
 }
 
 

@@ -247,7 +247,9 @@ def test_every_benchmark_runs(run, files, monkeypatch, capsys):
     assert chance["gpqa_diamond_zeroshot"] == chance["tombench"] == 25
     assert chance["eq_bench"] == chance["gsm8k (strict-match)"] == 0
     assert {"safetybench: Physical Health", "tombench: ability: Belief: Location false beliefs"} <= set(cells)
-    assert all(c["n"] <= 2 and len(c["score"]) == 3 for c in cells.values()) and cells["tombench"]["n"] == 2
+    assert all(len(c["score"]) == 3 for c in cells.values()) and cells["tombench"]["n"] == cells["eq_bench"]["n"] == 2
+    assert cells["gpqa: mean of the three"]["score"][0] == pytest.approx(np.mean(
+        [cells[f"gpqa_{subset}_zeroshot"]["score"][0] for subset in ("main", "diamond", "extended")]), abs=0.01)
     assert cells["emobench_ea"]["unusable"] == 2 and cells["emobench_ea"]["score"][0] == 0      # the model knows no JSON
 
 
