@@ -69,6 +69,7 @@ def compare(s, device, dtype):
     _, records = split(load_records(first["data"], ("response", "naive_response")))
     length = first["max_length"]
     for run in s.run:
+        model = None                                            # two large ones need not fit at once
         model, _ = load_run(run, device, dtype)
         sides = [tokenize(records, model.chat, model.encoder_chat, length, key)
                  for key in ("response", "naive_response")]
@@ -132,6 +133,7 @@ def run_tasks(s, device, dtype):
     asked = {name: questions(name, s.data, s.limit) for name in names if JUDGED.get(name)}
     columns, said = {}, {}
     for run in s.run:
+        model = None
         model, settings = load_run(run, device, dtype)
         label = Path(run).name + ("" if s.route == "learned" else f", {s.route}")
         rows = columns[label] = {}

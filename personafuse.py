@@ -480,9 +480,9 @@ class PersonaFuse(nn.Module):
 
         A baseline's one LoRA has weight 1 whatever the route. `top_k` keeps the largest of the router's weights only.
         """
-        n, E = len(queries), self.experts
         if route == "none":
             return None
+        n, E = len(queries), self.experts
         if E == 1:
             return torch.ones(n, 1, device=self.device)
         if route == "uniform":

@@ -103,8 +103,8 @@ def harness_model(model, s, tasks, folder):
 
     def encode(before, after):
         """A pair of texts -> token ids of each. Without chat format encoded together, then parted, as the harness does."""
+        before = cot_prompt(before) if s.route == "cot" else before
         if not s.no_chat:
-            before = cot_prompt(before) if s.route == "cot" else before
             return model.chat.prompt(before), model.chat.answer(after.strip())[:-1]
         before, after = before.rstrip(), before[len(before.rstrip()):] + after
         if not before:
