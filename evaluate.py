@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from data import TRAITS, UserError, held_out, load_records, run_program, split, tokenize
 from personafuse import build, find_model, load_run, pick_device, pick_dtype, read_settings
-from router import average_precision, pole_auc
+from router import average_precision, keep_top, pole_auc
 from tasks.harness import TASKS, ask_model, cot_prompt, load_tasks, run_benchmark
 from tasks.judged import JUDGED, compare_pairs, judge, questions
 from tasks.utils import read
@@ -45,16 +45,17 @@ def print_table(header, rows):
 
 # ------------------------------------------------------------------------------------------------- the held-out records
 
-def measure(name, model, good, naive, w, mixes):
-    """A row of the comparison: losses of good (Persona-CoT) and naive examples at w; if it mixes, the ranking by w."""
+def measure(name, model, good, naive, w, ranking=None):
+    """A row of the comparison: losses of good (Persona-CoT) and naive examples at weights w (n, E), and how well `ranking`
+    (n, E), if any, ranks the experts."""
     nll, counts, nll2, counts2 = (t.double().cpu().numpy()
                                   for side in (good, naive) for t in model.response_nll(side, w)[:2])
     prefers, n = nll / counts < nll2 / counts2, len(good)
     row = {"name": name, "nll": nll, "counts": counts, "loss": bootstrap(lambda i: nll[i].sum() / counts[i].sum(), n),
            "prefers": bootstrap(lambda i: 100 * prefers[i].mean(), n)}
-    if mixes:
+    if ranking is not None:
         p = np.array([r["p"] for r in good])                                                        # (n, E)
-        ranks = w.double().cpu().numpy() + 1e-9 * np.random.default_rng(0).random(w.shape)          # ties in random order
+        ranks = ranking.double().cpu().numpy() + 1e-9 * np.random.default_rng(0).random(p.shape)    # ties in random order
         precision = average_precision(ranks, p)
         row["map"] = bootstrap(lambda i: precision[i].mean(), n)
         row["auc"] = bootstrap(lambda i: np.nanmean(pole_auc(ranks[i], p[i])), n, draws=300)
@@ -76,22 +77,23 @@ def compare(s, device, dtype):
         kept = [r for r in records if len(model.chat.prompt(r["query"])) < length]       # those that tokenize kept
         queries, p = [r["query"] for r in kept], torch.tensor([r["p"] for r in kept], dtype=torch.float32, device=device)
         if not rows:
-            rows.append(measure("bare base", model, *sides, None, False))
+            rows.append(measure("bare base", model, *sides, None))
             asked = [model.chat.prompt(cot_prompt(q)) for q in queries]
             sides_cot = [[{**r, "prompt": a} for r, a in zip(side, asked)] for side in sides]
             context = model.base.config.max_position_embeddings
             if all(len(r["prompt"]) + len(r["answer"]) <= context for side in sides_cot for r in side):
-                rows.append(measure("Persona-CoT prompting", model, *sides_cot, None, False))
+                rows.append(measure("Persona-CoT prompting", model, *sides_cot, None))
             else:
                 print(f"left out: Persona-CoT prompting, longer than the base's {context} tokens", file=sys.stderr)
         name, mixes = Path(run).name, model.experts > 1
         if model.router or not mixes:
-            rows.append(measure(name, model, *sides, model.mixing_weights(queries, "learned", s.top_k), mixes))
+            w = model.mixing_weights(queries)
+            rows.append(measure(name, model, *sides, keep_top(w, s.top_k) if mixes and s.top_k else w, w if mixes else None))
         if mixes:
             for route in ("random1", "random2", "random5", "uniform"):
                 w = model.mixing_weights(queries, route, seed=s.seed)
-                rows.append(measure(f"{name}, {route}", model, *sides, w, route != "uniform"))
-            rows.append(measure(f"{name}, oracle", model, *sides, p / p.sum(dim=1, keepdim=True), True))
+                rows.append(measure(f"{name}, {route}", model, *sides, w, None if route == "uniform" else w))
+            rows.append(measure(f"{name}, oracle", model, *sides, p / p.sum(dim=1, keepdim=True), p))
     n, reference = len(queries), next((r for r in rows if r["name"] == Path(s.run[0]).name), rows[0])
 
     def loss(r, i):
