@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import Chat, UserError
 from lora import LoRALinear, init_experts, load_experts, spread
-from router import Router
+from router import Router, keep_top, random_weights
 
 HERE = Path(__file__).parent
 
@@ -381,12 +381,13 @@ def sample_token(logits, temperature, top_p, generator):
 
 
 @torch.inference_mode()
-def generate(llama, prompts, max_new_tokens, stop, w=None, temperature=0.0, top_p=1.0, seed=0, rows=16):
+def generate(llama, prompts, max_new_tokens, stop, w=None, temperature=0.0, top_p=1.0, seed=0, rows=16, finished=()):
     """Yield (i, token) as prompts[i] is continued, and (i, None) when it has ended: at a `stop` token, after
     max_new_tokens, or at the end of the model's context.
 
     prompts: lists of token ids; w (len(prompts), E) or None. `rows` sequences run at a time. Each prompt is read alone,
-    so nothing is padded; a sequence that ends leaves its row to the next prompt.
+    so nothing is padded; a sequence that ends leaves its row to the next prompt. Whoever reads the tokens may end
+    prompts[i] early by putting i into the set `finished`.
     """
     device = llama.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -409,7 +410,7 @@ def generate(llama, prompts, max_new_tokens, stop, w=None, temperature=0.0, top_
             last[row], left[row] = new[row - first], left[row] - 1
             if last[row] not in stop:
                 yield active[row], last[row]
-            if last[row] in stop or left[row] == 0 or cache.lengths[row] == capacity:
+            if last[row] in stop or left[row] == 0 or cache.lengths[row] == capacity or active[row] in finished:
                 yield active[row], None
                 if row < len(active) - 1:                           # the last row moves into the hole
                     cache.move(len(active) - 1, row)
@@ -444,17 +445,21 @@ class PersonaFuse(nn.Module):
     @torch.inference_mode()
     def response_nll(self, examples, w=None, rows=16):
         """Eq. 8 record by record, for evaluation: examples (of data.tokenize), w (n, E) or None for the bare base ->
-        summed negative log-likelihoods (n,) and numbers of response tokens (n,), like lengths together."""
+        summed negative log-likelihoods (n,), numbers of response tokens (n,), and whether each response is what greedy
+        decoding would write (n,); like lengths together."""
         order = sorted(range(len(examples)), key=lambda i: len(examples[i]["prompt"]) + len(examples[i]["answer"]))
         nll = torch.zeros(len(examples), device=self.device)
         counts = torch.tensor([len(r["answer"]) for r in examples], device=self.device)
+        greedy = torch.ones(len(examples), dtype=torch.bool, device=self.device)
         for part in (order[i:i + rows] for i in range(0, len(order), rows)):
             tokens, targets = response_batch([examples[i] for i in part], self.device)
             logits = self.base.logits(self.response_hidden(tokens, targets, None if w is None else w[part]))
             losses = F.cross_entropy(logits.float(), targets[targets >= 0], reduction="none")
             row = (targets >= 0).nonzero()[:, 0]                                    # whose each loss is
             nll[part] = torch.zeros(len(part), device=self.device).index_add(0, row, losses)
-        return nll, counts
+            unlike = (logits.argmax(dim=-1) != targets[targets >= 0]).nonzero()[:, 0]
+            greedy[torch.tensor(part, device=self.device)[row[unlike]]] = False
+        return nll, counts, greedy
 
     @torch.no_grad()
     def embed(self, queries, rows=32):
@@ -469,6 +474,26 @@ class PersonaFuse(nn.Module):
     def route(self, queries):
         """Queries (token ids of encoder_chat.query) -> mixing weights w (n, E), Eq. 1."""
         return self.router.weights(self.embed(queries))
+
+    def mixing_weights(self, queries, route="learned", top_k=None, seed=0):
+        """Queries (strings) -> w (n, E), or None for the bare base (route "none"). "random2" is the paper's Random Route 2.
+
+        A baseline's one LoRA has weight 1 whatever the route. `top_k` keeps the largest of the router's weights only.
+        """
+        if route == "none":
+            return None
+        n, E = len(queries), self.experts
+        if E == 1:
+            return torch.ones(n, 1, device=self.device)
+        if route == "uniform":
+            return torch.full((n, E), 1 / E, device=self.device)
+        if route.startswith("random"):
+            return random_weights(n, E, int(route.removeprefix("random")), seed).to(self.device)
+        if self.router is None:
+            raise UserError("this run has no router yet: run `python train.py --stage 2`, or choose another --route")
+        context = self.router.encoder.config.max_position_embeddings
+        w = self.route([self.encoder_chat.query(q)[:context] for q in queries])
+        return keep_top(w, top_k) if top_k else w
 
 
 def build(settings, device, dtype, run=None):
@@ -493,8 +518,8 @@ def build(settings, device, dtype, run=None):
     return PersonaFuse(base, chat, router, encoder_chat).requires_grad_(False)
 
 
-def load_run(run, device, dtype, base=None):
-    """A trained model from the folder that train.py wrote -> (PersonaFuse, its settings). `base`, if given, must be its."""
+def read_settings(run, base=None):
+    """What train.py was told, from the folder that it wrote. `base`, if given, must be the run's."""
     path = Path(run) / "personafuse.json"
     try:
         settings = json.loads(path.read_text())
@@ -504,6 +529,12 @@ def load_run(run, device, dtype, base=None):
         raise UserError(f"cannot read {path}: {e}")
     if base and absolute(base) != settings["base"]:
         raise UserError(f"the run {run} was made for the base {settings['base']}, not for {base}")
+    return settings
+
+
+def load_run(run, device, dtype, base=None):
+    """A trained model from the folder that train.py wrote -> (PersonaFuse, its settings). `base`, if given, must be its."""
+    settings = read_settings(run, base)
     return build(settings, device, dtype, run), settings
 
 

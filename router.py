@@ -48,6 +48,21 @@ class Router(nn.Module):
         return torch.softmax(cosine(h, self.e) / self.tau, dim=-1)
 
 
+def random_weights(n, experts, k, seed=0):
+    """The paper's Random Route: for each of n queries k experts, drawn at random, at weight 1/k -> w (n, experts)."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.zeros(n, experts)
+    for row in w:
+        row[torch.randperm(experts, generator=generator)[:k]] = 1 / k
+    return w
+
+
+def keep_top(w, k):
+    """Only the k largest weights of each row, scaled so that they sum to 1 again; w (n, E) -> (n, E)."""
+    kept = torch.zeros_like(w).scatter(1, w.topk(k, dim=1).indices, 1) * w
+    return kept / kept.sum(dim=1, keepdim=True)
+
+
 def average_precision(w, p):
     """How well weights rank the right experts. w, p (B, E) numpy arrays -> (B,), 1 where all p = 1 come first."""
     order = np.argsort(-w, axis=1, kind="stable")

@@ -27,26 +27,11 @@ def newest_run():
 
 def mixing_weights(model, queries, s):
     """What --traits or --route says -> w (len(queries), E), or None for the bare base."""
-    if s.route == "none":
-        return None
-    n, E = len(queries), model.experts
-    if s.traits is not None:
-        if E != len(TRAITS):
-            raise UserError("this run has a single LoRA: --traits needs the ten experts of --variant personafuse")
-        return torch.tensor([parse_traits(s.traits)] * n, device=model.device)
-    if E == 1:                                                          # a baseline's one LoRA
-        return torch.ones(n, 1, device=model.device)
-    if s.route == "uniform":
-        return torch.full((n, E), 1 / E, device=model.device)
-    if s.route.startswith("random"):                                    # the paper's Random Route: k experts at weight 1/k
-        k, generator = int(s.route.removeprefix("random")), torch.Generator().manual_seed(s.seed)
-        w = torch.zeros(n, E)
-        for row in w:
-            row[torch.randperm(E, generator=generator)[:k]] = 1 / k
-        return w.to(model.device)
-    if model.router is None:
-        raise UserError("this run has no router yet: run `python train.py --stage 2`, or choose with --traits or --route")
-    return model.route([model.encoder_chat.query(q) for q in queries])
+    if s.route == "none" or s.traits is None:
+        return model.mixing_weights(queries, s.route, seed=s.seed)
+    if model.experts != len(TRAITS):
+        raise UserError("this run has a single LoRA: --traits needs the ten experts of --variant personafuse")
+    return torch.tensor([parse_traits(s.traits)] * len(queries), device=model.device)
 
 
 def check_length(queries, tokens, context, what):

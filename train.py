@@ -187,7 +187,7 @@ def evaluate(model, examples, training, s, loss_base, routed):
     p = np.array([r["p"] for r in examples])                                            # (n, E)
 
     def loss(w):
-        nll, counts = model.response_nll(examples, w)
+        nll, counts, _ = model.response_nll(examples, w)
         return round((nll.sum() / counts.sum()).item(), 4)
 
     seen = {"loss_base": loss_base or loss(None)}
