@@ -36,9 +36,11 @@ from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, t
 from personafuse import HERE, absolute, build, default_encoder, model_table, pad, pick_device, pick_dtype, response_batch
 from router import average_precision, pole_auc
 
-PRESETS = {         # "quick" is tuned on the embedded base; "paper" is section 4.3 and appendix A, its silences filled by us
-    "quick": dict(steps1=60, batch1=4, lr1=3e-3, steps2=100, batch2=64, group=4, lr2=1e-3, lr_e=1e-2, steps3=20, batch3=32,
-                  lr3=1e-4, margin=0.0, pooling="mean", max_length=512, micro_batch=64),
+PRESETS = {         # "tiny" is tuned on the embedded base, "quick" is for real ones on a laptop, "paper" is section 4.3 and appendix A
+    "tiny": dict(steps1=60, batch1=4, lr1=3e-3, steps2=120, batch2=32, group=4, lr2=2e-3, lr_e=1e-2, steps3=20, batch3=32,
+                 lr3=3e-4, margin=0.0, pooling="words", max_length=512, micro_batch=64),
+    "quick": dict(steps1=60, batch1=4, lr1=5e-4, steps2=120, batch2=32, group=4, lr2=1e-4, lr_e=1e-2, steps3=20, batch3=32,
+                  lr3=5e-5, margin=0.0, pooling="last", max_length=512, micro_batch=8),
     "paper": dict(steps1=1000, batch1=256, lr1=1e-4, steps2=1500, batch2=64, group=64, lr2=1e-4, lr_e=1e-4, steps3=300,
                   batch3=32, lr3=1e-5, margin=0.0, pooling="last", max_length=2048, micro_batch=32),
 }
@@ -416,10 +418,10 @@ def parse_arguments():
     add("--data", default=str(HERE / "persona_cot.jsonl"), help="Persona-CoT records (default: the bundled ones)")
     add("--out", help="the run's folder (default: out/<base>)")
     add("--variant", choices=VARIANTS, default="personafuse", help="or a baseline: one LoRA of the same total rank")
-    add("--preset", choices=PRESETS, default="quick", help="defaults for what follows (default: quick)")
-    for key, value in PRESETS["quick"].items():
-        choices = {"pooling": ["last", "mean"]}.get(key)
-        add(f"--{key.replace('_', '-')}", type=type(value), choices=choices, help=f"quick {value}, paper {PRESETS['paper'][key]}")
+    add("--preset", choices=PRESETS, help="defaults for what follows (default: tiny for --base tiny, else quick)")
+    for key, value in PRESETS["tiny"].items():
+        add(f"--{key.replace('_', '-')}", type=type(value), choices=["last", "mean", "words"] if key == "pooling" else None,
+            help=", ".join(f"{name} {preset[key]}" for name, preset in PRESETS.items()))
     add("--rank", type=int, default=8, help="r of each expert (default: 8)")
     add("--alpha", type=float, default=16, help="of each expert; ΔW is scaled by alpha/rank (default: 16)")
     add("--tau", type=float, default=1.0, help="τ of Eq. 1 (default: 1.0)")
@@ -434,7 +436,7 @@ def parse_arguments():
     add("--device", default="auto", help="auto (cuda, then mps, then cpu), or one by name")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the frozen base (default: auto)")
     s = parser.parse_args()
-    for key, value in PRESETS[s.preset].items():
+    for key, value in PRESETS[s.preset or ("tiny" if s.base == "tiny" else "quick")].items():
         if getattr(s, key) is None:
             setattr(s, key, value)
     for key in ("steps1", "steps2", "steps3", "batch1", "batch2", "batch3", "group", "rank", "micro_batch", "save_every"):
