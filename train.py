@@ -37,8 +37,8 @@ from personafuse import HERE, absolute, build, default_encoder, model_table, pad
 from router import average_precision, pole_auc
 
 PRESETS = {         # "tiny" is tuned on the embedded base, "quick" is for real ones on a laptop, "paper" is section 4.3 and appendix A
-    "tiny": dict(steps1=60, batch1=4, lr1=3e-3, steps2=120, batch2=32, group=4, lr2=2e-3, lr_e=1e-2, steps3=20, batch3=32,
-                 lr3=3e-4, margin=0.0, pooling="words", max_length=512, micro_batch=64),
+    "tiny": dict(steps1=100, batch1=4, lr1=6e-3, steps2=120, batch2=32, group=4, lr2=2e-3, lr_e=1e-2, steps3=30, batch3=32,
+                 lr3=1e-3, margin=0.0, pooling="words", max_length=512, micro_batch=10),
     "quick": dict(steps1=60, batch1=4, lr1=5e-4, steps2=120, batch2=32, group=4, lr2=1e-4, lr_e=1e-2, steps3=20, batch3=32,
                   lr3=5e-5, margin=0.0, pooling="last", max_length=512, micro_batch=8),
     "paper": dict(steps1=1000, batch1=256, lr1=1e-4, steps2=1500, batch2=64, group=64, lr2=1e-4, lr_e=1e-4, steps3=300,
@@ -344,7 +344,7 @@ def run_stage(model, stage, first, examples, s, out, stop, world, rank):
             main_loss = losses.get("joint", losses.get("router", losses.get("lm")))
             count = sum(len(r["query"]) if stage == 2 else len(r["prompt"]) + len(r["answer"]) for r, _, _ in batch)
             speed = count / (time.time() - began)
-            progress.set_postfix_str(f"loss {main_loss:.3f}, {speed:,.0f} tokens/s")
+            progress.set_postfix_str(f"loss {main_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             log(out, {"stage": stage, "step": step + 1, **losses, "grad_norm": norm.max().item(), "lr": lr,
                       "tokens_per_s": round(speed)})
             if step + 1 < steps and (stop or (step + 1) % s.save_every == 0):
