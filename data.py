@@ -76,6 +76,16 @@ def write_json(path, value):
         tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_json(path, missing):
+    """The JSON in a file; UserError with `missing` where there is no such file, or with what is wrong with it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing)
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path}: {e}")
+
+
 # ----------------------------------------------------------------------------------------------------------- records
 
 def activation(traits):
@@ -199,7 +209,7 @@ class Chat:
         eos = []                                                    # an id, a list of ids, or nothing
         for name in ("config.json", "generation_config.json"):
             if (Path(folder) / name).exists():
-                ids = json.loads((Path(folder) / name).read_text()).get("eos_token_id")
+                ids = read_json(Path(folder) / name, "").get("eos_token_id")
                 eos += ids if isinstance(ids, list) else [] if ids is None else [ids]
         end = self.tokenizer.token_to_id(end) if end else None
         if end is None and not eos:

@@ -4,7 +4,6 @@ One Llama covers every model of the paper (Llama 3.1, SmolLM2, Qwen2.5, Falcon3)
 Shapes: B rows, T tokens, d hidden_size, H query heads, K key/value heads, c head_dim, V words in the vocabulary.
 """
 
-import json
 import math
 import os
 from collections import deque
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import Chat, UserError
+from data import Chat, UserError, read_json
 from lora import LoRALinear, init_experts, load_experts, spread
 from router import Router, keep_top, random_weights
 
@@ -34,7 +33,6 @@ MODELS = {
     "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B", "qwen2.5-0.5b", "the paper's persona encoder"),
     "falcon3-10b": ("tiiuae/Falcon3-10B-Instruct", "qwen2.5-0.5b", "wrote the paper's Persona-CoT data"),
 }
-
 
 
 def model_table():
@@ -78,12 +76,7 @@ class Config:
     def from_folder(cls, folder):
         """Read folder/config.json; UserError for what this Llama cannot run, by name, rather than run it wrongly."""
         path = Path(folder) / "config.json"
-        try:
-            c = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{folder} is not a model folder: it has no config.json")
-        except (OSError, ValueError) as e:
-            raise UserError(f"cannot read {path}: {e}")
+        c = read_json(path, f"{folder} is not a model folder: it has no config.json")
         rope = {**c.get("rope_parameters", {}), **(c.get("rope_scaling") or {})}     # transformers 5 nests, 4 does not
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         sliding = c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or [])
@@ -313,10 +306,7 @@ def checkpoint_files(folder):
     index = Path(folder) / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as e:
-            raise UserError(f"cannot read {index}: {e}")
+        names = sorted(set(read_json(index, "").get("weight_map", {}).values()))
     for name in names:
         if not (Path(folder) / name).exists():
             raise UserError(f"{folder} has no {name}" + (f", which {index.name} names" if index.exists() else ""))
@@ -521,12 +511,7 @@ def build(settings, device, dtype, run=None):
 def read_settings(run, base=None):
     """What train.py was told, from the folder that it wrote. `base`, if given, must be the run's."""
     path = Path(run) / "personafuse.json"
-    try:
-        settings = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{run} holds no finished stage (no personafuse.json): train with train.py first")
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}")
+    settings = read_json(path, f"{run} holds no finished stage (no personafuse.json): train with train.py first")
     if base and absolute(base) != settings["base"]:
         raise UserError(f"the run {run} was made for the base {settings['base']}, not for {base}")
     return settings

@@ -39,8 +39,8 @@ from router import average_precision, pole_auc
 PRESETS = {         # "tiny" is tuned on the embedded base, "quick" is for real ones on a laptop, "paper" is section 4.3 and appendix A
     "tiny": dict(steps1=100, batch1=4, lr1=6e-3, steps2=120, batch2=32, group=4, lr2=2e-3, lr_e=1e-2, steps3=30, batch3=32,
                  lr3=1e-3, margin=0.0, pooling="words", max_length=512, micro_batch=10),
-    "quick": dict(steps1=60, batch1=4, lr1=5e-4, steps2=120, batch2=32, group=4, lr2=1e-4, lr_e=1e-2, steps3=20, batch3=32,
-                  lr3=5e-5, margin=0.0, pooling="last", max_length=512, micro_batch=8),
+    "quick": dict(steps1=40, batch1=2, lr1=5e-4, steps2=60, batch2=32, group=4, lr2=1e-4, lr_e=1e-2, steps3=10, batch3=16,
+                  lr3=5e-5, margin=0.0, pooling="last", max_length=512, micro_batch=4),
     "paper": dict(steps1=1000, batch1=256, lr1=1e-4, steps2=1500, batch2=64, group=64, lr2=1e-4, lr_e=1e-4, steps3=300,
                   batch3=32, lr3=1e-5, margin=0.0, pooling="last", max_length=2048, micro_batch=32),
 }
