@@ -1,7 +1,6 @@
 """data.py as a program: the Persona-CoT parser, generate (server, own model, interrupted), queries, show and check."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
