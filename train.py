@@ -218,8 +218,9 @@ def print_evaluation(seen, n):
     print()
     if "map" in seen:
         print(f"  router: mean average precision {seen['map']:.3f} (chance {seen['map_chance']:.3f}, always the commonest "
-              f"traits {seen['map_prior']:.3f}); AUC by pole:")
-        print("   " + ", ".join(f"{name} {auc:.2f}" for name, auc in seen["auc"].items()))
+              f"traits {seen['map_prior']:.3f})")
+        auc = [f"{seen['auc'][name]:.2f}" if name in seen["auc"] else "-" for name in TRAITS]
+        print("  AUC, high/low:", ", ".join(f"{TRAITS[i].split()[1]} {auc[i]}/{auc[i + 1]}" for i in range(0, 10, 2)))
 
 
 # ------------------------------------------------------------------------------------------------------------- a run
@@ -393,7 +394,7 @@ def main():
     records = len(training) + len(held)
     training, held = (tokenize(r, model.chat, model.encoder_chat, s.max_length, answer) for r in (training, held))
     if rank == 0 and len(training) + len(held) < records:
-        print(f"{records - len(training) - len(held)} of {records} records left out: their prompts reach --max-length tokens")
+        print(f"{records - len(training) - len(held)} of {records} records left out: prompts of --max-length tokens or more")
     if not training:
         raise UserError(f"{s.data} has no record to train on")
     for n in range(1, stage_at):
