@@ -43,18 +43,24 @@ class UserError(Exception):
 
 
 def run_program(main):
-    """Run a program's main(): what the user can mend ends in one line, our own bugs in a traceback."""
+    """Run a program's main(): what the user can mend ends in one line and exit code 2, our own bugs in a traceback."""
     try:
         main()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        problem = str(e)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        problem = "interrupted; what was saved before stays"
     except BrokenPipeError:                         # the reader of our output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except (MemoryError, RuntimeError) as e:        # torch's own out-of-memory errors are RuntimeErrors
+        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)):
+            raise
+        problem = "out of memory: try a smaller --micro-batch, --checkpointing, --dtype bf16 or shorter texts"
+    else:
+        return
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextmanager
@@ -205,7 +211,8 @@ class Chat:
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True                 # what a user types is text, never control
         self.prefix = self.tokenizer.encode("").ids                 # BOS, where the tokenizer adds one by itself
-        _, self.before, self.after, end = next(f for f in FORMATS if f[0] is None or self.tokenizer.token_to_id(f[0]) is not None)
+        knows = self.tokenizer.token_to_id
+        _, self.before, self.after, end = next(f for f in FORMATS if f[0] is None or knows(f[0]) is not None)
         eos = []                                                    # an id, a list of ids, or nothing
         for name in ("config.json", "generation_config.json"):
             if (Path(folder) / name).exists():

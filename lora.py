@@ -3,7 +3,7 @@
     python lora.py --run out/tiny --traits "high agreeableness=0.7, low neuroticism=0.3" --export merged/
 
 An expert i at a weight W (d x k) is ΔW_i = B_i A_i · alpha/rank, with A_i (rank x k) and B_i (d x rank). Side by side,
-A = [A_1; ...; A_E] is (E·rank x k), B = [B_1, ..., B_E] is (d x E·rank), and since w_i scales all of expert i's rows of A x,
+A = [A_1; ...; A_E] is (E·rank x k), B = [B_1, ..., B_E] is (d x E·rank), and as w_i scales expert i's rows of A x,
 
     y = W x + Σ_i w_i ΔW_i x = W x + B (w ⊙ (A x)) · alpha/rank.
 """

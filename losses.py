@@ -3,7 +3,6 @@
 B queries, E = 10 experts, d the width of the embedding space, N response tokens, V words in the vocabulary.
 """
 
-import torch
 import torch.nn.functional as F
 
 

@@ -291,9 +291,9 @@ def find_model(name, option="--base"):
     from huggingface_hub import errors, snapshot_download
     try:
         return Path(snapshot_download(source, allow_patterns=[
-            "config.json", "generation_config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]))
+            "config.json", "generation_config.json", "tokenizer.json", "model*.safetensors", "model*.index.json"]))
     except errors.GatedRepoError:
-        raise UserError(f"{source} is gated: ask for access on https://huggingface.co/{source}, then log in (`hf auth login`)")
+        raise UserError(f"{source} is gated: ask for access on huggingface.co/{source}, then log in (`hf auth login`)")
     except errors.RepositoryNotFoundError:
         raise UserError(f"the hub has no model {source} (or it is private: log in with `hf auth login`)")
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as e:
@@ -322,7 +322,7 @@ def load_llama(folder, device, dtype, experts=0, rank=8, alpha=16, seed=0, weigh
     with torch.device("meta"):                                      # shapes only: no memory is touched yet
         llama = Llama(Config.from_folder(folder), experts, rank, alpha, dtype)
     wanted = {name: t.shape for name, t in llama.named_parameters() if not name.endswith((".A", ".B"))}
-    need = sum(t.numel() * (4 if name.endswith((".A", ".B")) else weight_dtype.itemsize) for name, t in llama.named_parameters())
+    need = sum(t.numel() * (weight_dtype.itemsize if name in wanted else 4) for name, t in llama.named_parameters())
     has = memory_of(device)
     if has is not None and need > has:
         raise UserError(f"{folder} needs {need / 2**30:.1f} GiB for its weights as {weight_dtype}, {device} has "
@@ -336,7 +336,8 @@ def load_llama(folder, device, dtype, experts=0, rank=8, alpha=16, seed=0, weigh
                     if name in wanted:
                         shape = torch.Size(file.get_slice(key).get_shape())
                         if shape != wanted[name]:
-                            raise UserError(f"{path}: {key} has shape {tuple(shape)}, config.json asks for {tuple(wanted[name])}")
+                            raise UserError(f"{path}: {key} has shape {tuple(shape)}, "
+                                            f"config.json asks for {tuple(wanted[name])}")
                         found[name] = file.get_tensor(key).to(weight_dtype)
         except UserError:
             raise

@@ -14,7 +14,7 @@ import torch
 
 from data import TRAITS, UserError, parse_traits, read_lines, run_program
 from lora import merge, unmerge
-from personafuse import Chat, PersonaFuse, find_model, generate, load_llama, load_run, pick_device, pick_dtype
+from personafuse import Chat, PersonaFuse, find_model, generate, load_llama, load_run, model_table, pick_device, pick_dtype
 
 
 def newest_run():
@@ -67,7 +67,8 @@ def answer(model, prompts, w, s, stream):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=model_table(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("query", nargs="?", help="what the user says")
     add("--file", help="a text file with one query a line, routed and answered in batches; goes with --json")

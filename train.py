@@ -36,7 +36,8 @@ from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, t
 from personafuse import HERE, absolute, build, default_encoder, model_table, pad, pick_device, pick_dtype, response_batch
 from router import average_precision, pole_auc
 
-PRESETS = {         # "tiny" is tuned on the embedded base, "quick" is for real ones on a laptop, "paper" is section 4.3 and appendix A
+# "tiny" is tuned on the embedded base, "quick" is for real ones on a laptop, "paper" is section 4.3 and appendix A
+PRESETS = {
     "tiny": dict(steps1=100, batch1=4, lr1=6e-3, steps2=120, batch2=32, group=4, lr2=2e-3, lr_e=1e-2, steps3=30, batch3=32,
                  lr3=1e-3, margin=0.0, pooling="words", max_length=512, micro_batch=10),
     "quick": dict(steps1=40, batch1=2, lr1=5e-4, steps2=60, batch2=32, group=4, lr2=1e-4, lr_e=1e-2, steps3=10, batch3=16,
@@ -203,20 +204,23 @@ def evaluate(model, examples, training, s, loss_base, routed):
         seen["auc"] = {name: round(a, 4) for name, a in zip(TRAITS, pole_auc(w.cpu().numpy(), p)) if not np.isnan(a)}
         rng = np.random.default_rng(0)
         seen["map_chance"] = round(np.mean([average_precision(rng.random(p.shape), p).mean() for _ in range(200)]), 4)
-        seen["map_prior"] = round(average_precision(np.tile(np.mean([r["p"] for r in training], axis=0), (len(p), 1)), p).mean(), 4)
+        prior = np.mean([r["p"] for r in training], axis=0)                             # (E,)
+        seen["map_prior"] = round(average_precision(np.tile(prior, (len(p), 1)), p).mean(), 4)
     return seen
 
 
 def print_evaluation(seen, n):
     print(f"  held out, {n} records: response loss per token {seen['loss_base']:.3f} bare base", end="")
-    for key, what in (("loss_lora", "with the LoRA"), ("loss_oracle", "experts mixed by p"), ("loss_router", "by the router")):
+    for key, what in (("loss_lora", "with the LoRA"), ("loss_oracle", "experts mixed by p"),
+                      ("loss_router", "by the router")):
         if key in seen:
             print(f", {seen[key]:.3f} {what}", end="")
     print()
     if "map" in seen:
         print(f"  router: mean average precision {seen['map']:.3f} (chance {seen['map_chance']:.3f}, always the commonest "
-              f"traits {seen['map_prior']:.3f}); AUC by pole:")
-        print("   " + ", ".join(f"{name} {auc:.2f}" for name, auc in seen["auc"].items()))
+              f"traits {seen['map_prior']:.3f})")
+        auc = [f"{seen['auc'][name]:.2f}" if name in seen["auc"] else "-" for name in TRAITS]
+        print("  AUC, high/low:", ", ".join(f"{TRAITS[i].split()[1]} {auc[i]}/{auc[i + 1]}" for i in range(0, 10, 2)))
 
 
 # ------------------------------------------------------------------------------------------------------------- a run
@@ -287,8 +291,11 @@ def read_about(path):
 
 
 def log(out, line):
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    try:
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as e:
+        raise UserError(f"cannot write {out / 'metrics.jsonl'}: {e.strerror}; --resume goes on from the last saved step")
 
 
 def export(model, out, s, routed):
@@ -351,7 +358,8 @@ def run_stage(model, stage, first, examples, s, out, stop, world, rank):
                 save_state(path, model, optimizer, stage, step + 1, False, s)
         if stop and step + 1 < steps:
             progress.close()
-            raise UserError(f"interrupted; saved after step {step + 1} of stage {stage}: the same command with --resume goes on")
+            raise UserError(f"interrupted; saved after step {step + 1} of stage {stage}: "
+                            "the same command with --resume goes on")
     progress.close()
     if lead:
         save_state(path, model, optimizer, stage, steps, True, s)
@@ -386,7 +394,7 @@ def main():
     records = len(training) + len(held)
     training, held = (tokenize(r, model.chat, model.encoder_chat, s.max_length, answer) for r in (training, held))
     if rank == 0 and len(training) + len(held) < records:
-        print(f"{records - len(training) - len(held)} of {records} records left out: their prompt has --max-length tokens or more")
+        print(f"{records - len(training) - len(held)} of {records} records left out: prompts of --max-length tokens or more")
     if not training:
         raise UserError(f"{s.data} has no record to train on")
     for n in range(1, stage_at):
@@ -410,7 +418,8 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, epilog=model_table(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=model_table(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--stage", choices=["1", "2", "3", "all"], default="all", help="default: all")
     add("--base", default="tiny", help="a name of the table below, owner/model on the hub, or a folder (default: tiny)")
@@ -432,7 +441,7 @@ def parse_arguments():
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on from the last saved step")
     add("--save-every", type=int, default=100, help="steps between saved states (default: 100)")
-    add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third slower")
+    add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, slower")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu), or one by name")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the frozen base (default: auto)")
     s = parser.parse_args()

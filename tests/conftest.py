@@ -1,9 +1,13 @@
 """Small models in the Hugging Face layout, made on the spot: true in every particular but size."""
 
+import importlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"          # before anything imports huggingface_hub: no test reaches the network
@@ -16,6 +20,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
+from data import run_program  # noqa: E402
 from personafuse import Config, Llama  # noqa: E402
 
 torch.set_num_threads(1)
@@ -84,10 +89,28 @@ def small_data(tmp_path_factory):
     return path
 
 
-def program(*arguments, cwd=ROOT, **options):
-    """Run a program of the project as a user does -> CompletedProcess with text output."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=240,
-                          **options)
+def program(script, *arguments, cwd=None, env=None):
+    """Run a program of the project as a user does -> CompletedProcess with text output.
+
+    In this process, which has imported torch already, unless the program needs a folder or an environment of its own.
+    """
+    command = [str(script), *map(str, arguments)]
+    if cwd or env:
+        return subprocess.run([sys.executable, *command], cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=240)
+    handlers, argv, here = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)], sys.argv, os.getcwd()
+    sys.argv, code = command, 0
+    os.chdir(ROOT)
+    try:
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            run_program(importlib.import_module(Path(script).stem).main)
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = argv
+        os.chdir(here)
+        for n, handler in handlers:
+            signal.signal(n, handler)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def fails_in_one_line(result, *words):
@@ -100,7 +123,8 @@ def fails_in_one_line(result, *words):
     return True
 
 
-FAST = ["--steps1", 3, "--batch1", 2, "--steps2", 3, "--batch2", 8, "--steps3", 2, "--batch3", 6, "--max-length", 160]
+FAST = ["--steps1", 3, "--batch1", 2, "--steps2", 3, "--batch2", 8, "--steps3", 2, "--batch3", 6, "--max-length", 160,
+        "--lr1", 3e-3, "--lr2", 1e-3, "--lr3", 3e-4]
 
 
 def train_arguments(mini, data, out, *more):
@@ -111,6 +135,6 @@ def train_arguments(mini, data, out, *more):
 def run(mini, small_data, tmp_path_factory):
     """A finished run on the mini base: its folder."""
     out = tmp_path_factory.mktemp("runs") / "mini"
-    result = program(*[str(ROOT / a) if a == "train.py" else a for a in train_arguments(mini, small_data, out)])
+    result = program(*train_arguments(mini, small_data, out))
     assert result.returncode == 0, result.stderr
     return out

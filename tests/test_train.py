@@ -130,8 +130,8 @@ def test_stage_2_batches_share_p_in_groups(examples):
 
 # ------------------------------------------------------------------------------------------------------- whole runs
 
-def train(mini, data, out, *more, **options):
-    return program(*train_arguments(mini, data, out, *more), **options)
+def train(mini, data, out, *more):
+    return program(*train_arguments(mini, data, out, *more))
 
 
 def weights(out, stage=3):
