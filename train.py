@@ -102,8 +102,9 @@ def compute_gradients(model, stage, batch, s, world=1, rank=0):
         queries = [pad([rows[i]["query"] for i in part], device) for part in parts]
         with torch.set_grad_enabled(len(parts) == 1):                   # with one part, one pass is enough
             embedded = [model.router.embed(*q, checkpointing=s.checkpointing) for q in queries]
-        h = torch.zeros(len(rows), embedded[0].shape[1], device=device)                 # (B, d)
-        h[own] = torch.cat(embedded).detach()
+        h = torch.zeros(len(rows), model.router.e.shape[1], device=device)              # (B, d)
+        for part, h_part in zip(parts, embedded):
+            h[part] = h_part.detach()
         if world > 1:
             dist.all_reduce(h)
         h.requires_grad_()
@@ -114,6 +115,7 @@ def compute_gradients(model, stage, batch, s, world=1, rank=0):
         losses = {"contrastive": contrastive.item(), "trait": trait.item(), "router": router.item()}
     if stage != 2:
         w_leaf = w.detach().requires_grad_(w.requires_grad)
+        w_leaf.grad = torch.zeros_like(w)                               # a process may have no row of a small batch
         lm = torch.zeros((), device=device)
         for part in parts:
             tokens, targets = response_batch([rows[i] for i in part], device)
