@@ -24,6 +24,7 @@ from data import run_program  # noqa: E402
 from personafuse import Config, Llama  # noqa: E402
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a background shell ignores Ctrl-C, and programs started here would
 
 MINI = dict(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, vocab_size=400, rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=512,
