@@ -176,7 +176,7 @@ def load_state(path, model, optimizer=None):
             for name, t in trained(model, about["stage"]):
                 t.copy_(file.get_tensor(name))
                 if optimizer and "exp_avg " + name in file.keys():
-                    optimizer.state[t] = {"step": torch.tensor(float(about["step"])),
+                    optimizer.state[t] = {"step": torch.tensor(float(about["step"]), device=t.device),
                                           "exp_avg": file.get_tensor("exp_avg " + name).to(t.device),
                                           "exp_avg_sq": file.get_tensor("exp_avg_sq " + name).to(t.device)}
     except Exception as e:                                          # safetensors' own type, KeyError, OSError, ...
@@ -374,6 +374,7 @@ def main():
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     stop = []                                       # Ctrl-C and SIGTERM end the run after the step; a second Ctrl-C at once
 
