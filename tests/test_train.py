@@ -226,7 +226,7 @@ def test_killed_at_random_moments_and_resumed_ends_alike(run, mini, small_data, 
         resume = ["--resume"] if (tmp_path / "mini/stage1.safetensors").exists() else []
         process = subprocess.Popen(command + resume, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
-            process.communicate(timeout=moments.uniform(2, 9))
+            process.communicate(timeout=moments.uniform(1, 5))
             assert process.returncode == 0 and same(weights(tmp_path / "mini"), weights(run))
             shutil.rmtree(tmp_path / "mini")                        # it got through before its moment: start the next one
         except subprocess.TimeoutExpired:
