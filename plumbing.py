@@ -1,0 +1,149 @@
+"""What every program needs and the method does not: errors in one line, files that are whole or not
+there, and the table of the models that a name stands for. No torch here, so --help answers at once.
+"""
+
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+class UserError(Exception):
+    """Something the user can mend. Programs print it as one line and exit with code 2."""
+
+
+def run_program(main):
+    """Run a program's main(): what the user can mend ends in one line and exit code 2.
+
+    Our own bugs end in a traceback.
+    """
+    try:
+        main()
+        return
+    except UserError as error:
+        problem = str(error)
+    except KeyboardInterrupt:
+        problem = "interrupted; what was saved before stays"
+    except BrokenPipeError:
+        # the reader of our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (MemoryError, RuntimeError) as error:
+        # torch's own out-of-memory errors are RuntimeErrors
+        full = re.search("out of memory|can't allocate memory", str(error))
+        if not full and not isinstance(error, MemoryError):
+            raise
+        problem = ("out of memory: try a smaller --micro-batch, --checkpointing, --dtype bf16 "
+                   "or shorter texts")
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+@contextmanager
+def atomic_write(path):
+    """`with atomic_write(path) as tmp`: tmp takes path's place once it is whole and on disk."""
+    from safetensors import SafetensorError
+    tmp = Path(f"{path}.tmp")
+    try:
+        yield tmp
+        with open(tmp, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except (OSError, SafetensorError) as error:
+        tmp.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; what stood there before is untouched")
+
+
+def write_json(path, value):
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path, missing):
+    """The JSON in a file; UserError with the text `missing` where there is no such file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}")
+
+
+def read_lines(path):
+    """(line number, text) of the non-empty lines of a UTF-8 file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
+
+
+# ------------------------------------------------------------------------------------------ models
+
+# our name -> (hub name or folder, the encoder that goes with it, what it is)
+MODELS = {
+    "tiny": (HERE / "tiny", "tiny", "in this repository: small enough to step through"),
+    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m", "the quick run"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", "smollm2-135m", "encoder of the small bases"),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", "smollm2-135m", ""),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B", "qwen2.5-0.5b", "Table 7 of the paper"),
+    "llama-3.1-8b": ("meta-llama/Llama-3.1-8B", "qwen2.5-0.5b",
+                     "the main experiment (gated: ask for access first)"),
+    "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B", "qwen2.5-0.5b", "the paper's persona encoder"),
+    "falcon3-10b": ("tiiuae/Falcon3-10B-Instruct", "qwen2.5-0.5b",
+                    "wrote the paper's Persona-CoT data"),
+}
+MODEL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "model*.safetensors",
+               "model*.index.json"]
+
+
+def model_table():
+    """MODELS as text, for --help."""
+    lines = [f"  {'name':14} {'model':36} {'encoder':14}"]
+    for name, (source, encoder, what) in MODELS.items():
+        shown = source if isinstance(source, str) else "tiny/"
+        lines.append(f"  {name:14} {shown:36} {encoder:14} {what}")
+    return "\n".join(lines)
+
+
+def default_encoder(base):
+    """The paper's encoder for any base that the table does not know."""
+    return MODELS[base][1] if base in MODELS else "qwen2.5-0.5b"
+
+
+def absolute(name):
+    """A folder's full path, so that a run finds its base from anywhere; other names as they are."""
+    if name and name not in MODELS and Path(name).is_dir():
+        return str(Path(name).resolve())
+    return name
+
+
+def find_model(name, option="--base"):
+    """One of MODELS, a folder, or owner/model on the hub -> a folder, downloaded if need be."""
+    source = MODELS[name][0] if name in MODELS else str(name)
+    if Path(source).is_dir():
+        return Path(source)
+    if source.count("/") != 1:
+        raise UserError(f"no model {name!r}: not a folder, not owner/model on the hub, and none of "
+                        f"{', '.join(MODELS)}")
+    from huggingface_hub import errors, snapshot_download
+    try:
+        return Path(snapshot_download(source, allow_patterns=MODEL_FILES))
+    except errors.GatedRepoError:
+        raise UserError(f"{source} is gated: ask for access on huggingface.co/{source}, "
+                        "then log in (`hf auth login`)")
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"the hub has no model {source} "
+                        "(or it is private: log in with `hf auth login`)")
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled,
+            OSError) as error:
+        raise UserError(f"{source} is not in the cache and the hub was not reached "
+                        f"({type(error).__name__}): give a folder that holds the model with "
+                        f"{option} DIR, or use {option} tiny, which needs no download")
