@@ -1,7 +1,12 @@
-"""The situation-aware router (section 4.1): a small language model reads the query, ten embeddings vote, Eq. 1 mixes."""
+"""The situation-aware router (section 4.1): a small language model reads the query, ten embeddings
+vote, and Eq. 1 mixes. Below it, how well its weights rank the experts.
+
+B queries, T tokens, E experts, d the encoder's width.
+"""
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from losses import cosine
@@ -10,46 +15,65 @@ from losses import cosine
 class Router(nn.Module):
     """h = f_θ(q), then w_i = softmax_i(cos(h, e_i) / τ).
 
-    `encoder` is any of our Llamas (the persona encoder f_θ, trained whole); `e` (E, d) are the expert embeddings.
-    `pooling` says what of the encoder is h: "last", its output at the last real token (as decoder encoders do), "mean", the
-    mean of its outputs, or "words", the mean of its normalised token embeddings, a bag of words that skips its blocks.
+    `encoder` is any of our Llamas (the persona encoder f_θ, trained whole); `e` (E, d) are the
+    expert embeddings. `pooling` says what of the encoder is h:
+      "last"   its output at the last real token, as decoder encoders do
+      "mean"   the mean of its outputs
+      "words"  the mean of its normalised token embeddings: a bag of words that skips its blocks
     """
 
     def __init__(self, encoder, num_experts=10, tau=1.0, pooling="last", seed=0):
         super().__init__()
-        self.encoder, self.tau, self.pooling = encoder, tau, pooling
+        self.encoder = encoder
+        self.tau = tau
+        self.pooling = pooling
         generator = torch.Generator().manual_seed(seed)
-        self.e = nn.Parameter(torch.randn(num_experts, encoder.config.hidden_size, generator=generator))
+        e = torch.randn(num_experts, encoder.config.hidden_size, generator=generator)
+        self.e = nn.Parameter(e)
+
+    def forward(self, tokens, lengths):
+        """Eq. 1: queries (B, T), right-padded, and their lengths (B,) -> mixing weights w (B, E)."""
+        h = self.embed(tokens, lengths)                         # (B, d)
+        return self.weights(h)                                  # (B, E)
 
     def embed(self, tokens, lengths, checkpointing=False):
-        """tokens (B, T) right-padded, lengths (B,) -> h (B, d). Padding stands to the right of a causal model, so no
-        real token ever sees it."""
+        """f_θ: tokens (B, T), lengths (B,) -> persona embeddings h (B, d), in fp32.
+
+        Padding stands to the right of a causal model, so no real token ever sees it.
+        """
         if self.pooling == "words":
             hidden = self.encoder.norm(self.encoder.embed_tokens(tokens))       # (B, T, d)
         else:
             hidden = self.encoder(tokens, checkpointing=checkpointing)          # (B, T, d)
         if self.pooling == "last":
-            return hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1].float()
-        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]      # (B, T)
-        return (hidden.float() * real[..., None]).sum(dim=1) / lengths[:, None]
-
-    @torch.no_grad()
-    def init_embeddings(self, h, p):
-        """Start e_i at the mean direction of the queries that activate expert i, less that of all queries.
-
-        h (n, d) and p (n, E) are of the training queries. The h of an encoder share a large common part; without it the
-        ten means differ, and the router starts as a nearest-mean classifier instead of at random.
-        """
-        h, p = torch.nn.functional.normalize(h, dim=-1), p.to(h)
-        self.e.copy_(p.T @ h / p.sum(dim=0)[:, None].clamp(min=1) - h.mean(dim=0))
+            rows = torch.arange(len(tokens), device=tokens.device)
+            return hidden[rows, lengths - 1].float()                            # (B, d)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        real = places < lengths[:, None]                                        # (B, T)
+        total = (hidden.float() * real[..., None]).sum(dim=1)                   # (B, d)
+        return total / lengths[:, None]
 
     def weights(self, h):
         """Eq. 1: h (B, d) -> mixing weights w (B, E), each row summing to 1."""
         return torch.softmax(cosine(h, self.e) / self.tau, dim=-1)
 
+    @torch.no_grad()
+    def init_embeddings(self, h, p):
+        """Start e_i at the mean direction of the queries that activate expert i, less that of all.
+
+        h (n, d) and p (n, E) are of the training queries. The h of an encoder share a large common
+        part; without it the ten means differ, and the router starts as a nearest-mean classifier
+        instead of at random.
+        """
+        h = F.normalize(h, dim=-1)
+        p = p.to(h)
+        count = p.sum(dim=0)[:, None].clamp(min=1)              # (E, 1)
+        class_means = p.T @ h / count                           # (E, d)
+        self.e.copy_(class_means - h.mean(dim=0))
+
 
 def random_weights(n, experts, k, seed=0):
-    """The paper's Random Route: for each of n queries k experts, drawn at random, at weight 1/k -> w (n, experts)."""
+    """The paper's Random Route: for each of n queries k random experts at 1/k -> w (n, experts)."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.zeros(n, experts)
     for row in w:
@@ -58,27 +82,35 @@ def random_weights(n, experts, k, seed=0):
 
 
 def keep_top(w, k):
-    """Only the k largest weights of each row, scaled so that they sum to 1 again; w (n, E) -> (n, E)."""
-    kept = torch.zeros_like(w).scatter(1, w.topk(k, dim=1).indices, 1) * w
+    """Only the k largest weights of each row, scaled to sum to 1 again; w (n, E) -> (n, E)."""
+    top = w.topk(k, dim=1).indices
+    kept = w * torch.zeros_like(w).scatter(1, top, 1)
     return kept / kept.sum(dim=1, keepdim=True)
 
 
 def average_precision(w, p):
-    """How well weights rank the right experts. w, p (B, E) numpy arrays -> (B,), 1 where all p = 1 come first."""
+    """How well weights rank the right experts. w, p (B, E) numpy arrays -> (B,).
+
+    1 where all the experts with p = 1 come first.
+    """
     order = np.argsort(-w, axis=1, kind="stable")
-    hits = np.take_along_axis(p, order, axis=1)                         # p in the order of the weights
+    hits = np.take_along_axis(p, order, axis=1)                 # p in the order of the weights
     precision = hits.cumsum(axis=1) / np.arange(1, p.shape[1] + 1)
     return (precision * hits).sum(axis=1) / hits.sum(axis=1)
 
 
 def pole_auc(w, p):
-    """ROC AUC of each expert's weight as a detector of its pole. w, p (B, E) -> (E,), NaN where all p are equal.
+    """ROC AUC of each expert's weight as a detector of its pole. w, p (B, E) -> (E,).
 
-    The share of (activated, not activated) pairs of queries in which the activated one has the larger weight.
+    The share of (activated, not activated) pairs of queries in which the activated one has the
+    larger weight; NaN where all p are equal.
     """
     auc = np.full(p.shape[1], np.nan)
     for i in range(p.shape[1]):
-        yes, no = w[p[:, i] == 1, i], w[p[:, i] == 0, i]
-        if len(yes) and len(no):
-            auc[i] = ((yes[:, None] > no).mean() + 0.5 * (yes[:, None] == no).mean())
+        active = w[p[:, i] == 1, i]
+        inactive = w[p[:, i] == 0, i]
+        if len(active) and len(inactive):
+            wins = (active[:, None] > inactive).mean()
+            ties = (active[:, None] == inactive).mean()
+            auc[i] = wins + 0.5 * ties
     return auc
