@@ -1,0 +1,338 @@
+"""What a run is: its settings, and the folder in which it is opened, logged, saved and resumed.
+
+    out/<base>/high_openness/, ...      the ten experts, as peft loads them
+    out/<base>/router.safetensors       the router
+    out/<base>/personafuse.json         every setting
+    out/<base>/metrics.jsonl            every step, and every evaluation on the held-out records
+    out/<base>/stage1.safetensors, ...  what each stage trains and where it stands
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from data import TRAITS
+from plumbing import (HERE, UserError, absolute, atomic_write, default_encoder, model_table,
+                      read_lines, write_json)
+
+# "tiny" is tuned on the embedded base, "quick" is for real ones on a laptop, "paper" is section 4.3
+# and appendix A
+PRESETS = {
+    "tiny": dict(
+        steps1=100, batch1=4, lr1=6e-3,
+        steps2=120, batch2=32, group=4, lr2=2e-3, lr_e=1e-2,
+        steps3=30, batch3=32, lr3=1e-3,
+        margin=0.0, pooling="words", max_length=512, micro_batch=10),
+    "quick": dict(
+        steps1=40, batch1=2, lr1=5e-4,
+        steps2=60, batch2=32, group=4, lr2=1e-4, lr_e=1e-2,
+        steps3=10, batch3=16, lr3=5e-5,
+        margin=0.0, pooling="last", max_length=512, micro_batch=4),
+    "paper": dict(
+        steps1=1000, batch1=256, lr1=1e-4,
+        steps2=1500, batch2=64, group=64, lr2=1e-4, lr_e=1e-4,
+        steps3=300, batch3=32, lr3=1e-5,
+        margin=0.0, pooling="last", max_length=2048, micro_batch=32),
+}
+
+# what is trained -> the key of the answer that it is trained on; all but the first are baselines
+VARIANTS = {"personafuse": "response", "direct": "naive_response",
+            "human-like": "human_like_response", "cot-finetuned": "response"}
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+def option(default, help, choices=None):
+    """A setting that is an option of train.py. Default None: the preset says."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """Every setting of a run; a resumed run must have the same, but for FREE_ON_RESUME."""
+    stage: str = option("all", "which stages to run", ["1", "2", "3", "all"])
+    base: str = option("tiny", "a name of the table below, owner/model on the hub, or a folder")
+    encoder: str = option(None, "the router's language model (default: as the table says)")
+    data: str = option(str(HERE / "persona_cot.jsonl"), "Persona-CoT records (default: ours)")
+    out: str = option(None, "the run's folder (default: out/<base>)")
+    variant: str = option("personafuse", "or a baseline: one LoRA as large as the ten", VARIANTS)
+    preset: str = option(None, "defaults for what follows (default: tiny for --base tiny, "
+                               "else quick)", PRESETS)
+    # stage 1, the experts
+    steps1: int = option(None, "steps of stage 1")
+    batch1: int = option(None, "records for each expert in a step of stage 1")
+    lr1: float = option(None, "peak learning rate of stage 1")
+    # stage 2, the router
+    steps2: int = option(None, "steps of stage 2")
+    batch2: int = option(None, "queries in a step of stage 2")
+    group: int = option(None, "queries of a batch that share one p, at most")
+    lr2: float = option(None, "peak learning rate of the encoder in stage 2")
+    lr_e: float = option(None, "peak learning rate of the expert embeddings in stage 2")
+    # stage 3, all together
+    steps3: int = option(None, "steps of stage 3")
+    batch3: int = option(None, "records in a step of stage 3")
+    lr3: float = option(None, "peak learning rate of stage 3")
+    # the method
+    rank: int = option(8, "r of each expert")
+    lora_alpha: float = option(16, "alpha of each expert; ΔW is scaled by alpha/rank")
+    pooling: str = option(None, "what of the encoder's output is h", ["last", "mean", "words"])
+    tau: float = option(1.0, "τ of Eq. 1")
+    margin: float = option(None, "m of Eq. 3")
+    loss_alpha: float = option(1.0, "α of Eq. 6, the weight of L_contrastive")
+    beta: float = option(1.0, "β of Eq. 6, the weight of L_trait")
+    gamma: float = option(0.2, "γ of Eq. 2, the weight of L_router")
+    clip: float = option(1.0, "largest gradient norm, in stage 1 of each expert")
+    # the machine
+    max_length: int = option(None, "tokens of prompt and response; longer responses are cut")
+    micro_batch: int = option(None, "rows that go through the base at a time")
+    checkpointing: bool = option(False, "recompute activations in the backward pass")
+    device: str = option("auto", "cuda, mps or cpu (auto: the first of these that is here; "
+                                 "cpu for --base tiny)")
+    dtype: str = option("auto", "of the frozen base", ["auto", "fp32", "bf16", "fp16"])
+    seed: int = option(0, "of the experts' start and of the batches")
+    save_every: int = option(100, "steps between saved states")
+    resume: bool = option(False, "go on from the last saved step")
+    # what follows from the above
+    names: list = field(default_factory=list)           # the experts'
+    data_sha256: str = ""                               # of the data file's lines
+
+
+NOT_SAVED = {"stage", "resume", "preset"}
+FREE_ON_RESUME = {"device", "micro_batch", "checkpointing", "save_every", "out"}
+AT_LEAST_ONE = ("batch1", "batch2", "batch3", "group", "rank", "micro_batch", "save_every")
+AT_LEAST_ZERO = ("steps1", "steps2", "steps3")
+
+
+def parse_arguments(description):
+    """The command line -> Settings: an option for each, then the preset, then what follows."""
+    parser = argparse.ArgumentParser(description=description, epilog=model_table(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Settings):
+        if f.metadata:
+            add_option(parser, f)
+    settings = Settings(**vars(parser.parse_args()))
+
+    preset = settings.preset or ("tiny" if settings.base == "tiny" else "quick")
+    for key, value in PRESETS[preset].items():
+        if getattr(settings, key) is None:
+            setattr(settings, key, value)
+    for key in AT_LEAST_ONE + AT_LEAST_ZERO:
+        if getattr(settings, key) < (1 if key in AT_LEAST_ONE else 0):
+            parser.error(f"--{key.replace('_', '-')} is {getattr(settings, key)}, too small")
+
+    settings.base = absolute(settings.base)
+    folder = Path(settings.base).name.lower()
+    if settings.variant == "personafuse":
+        settings.names = TRAITS
+        settings.encoder = absolute(settings.encoder or default_encoder(settings.base))
+    else:
+        single_lora_settings(settings)
+        folder += "-" + settings.variant
+    settings.out = settings.out or f"out/{folder}"
+    lines = "".join(line for _, line in read_lines(settings.data))
+    settings.data_sha256 = hashlib.sha256(lines.encode()).hexdigest()
+    return settings
+
+
+def add_option(parser, f):
+    """Settings' field f as an option of the parser."""
+    name = "--" + f.name.replace("_", "-")
+    help = f.metadata["help"]
+    if f.type is bool:
+        parser.add_argument(name, action="store_true", help=help)
+        return
+    if f.default is None and f.name in PRESETS["tiny"]:
+        values = ", ".join(f"{preset} {values[f.name]}" for preset, values in PRESETS.items())
+        help += f" ({values})"
+    elif f.default is not None and "default" not in help:
+        help += f" (default: {f.default})"
+    parser.add_argument(name, type=f.type, default=f.default, choices=f.metadata["choices"],
+                        help=help)
+
+
+def single_lora_settings(settings):
+    """A baseline is one LoRA, without a router, of the size of the ten experts together."""
+    settings.names = ["lora"]
+    settings.encoder = None
+    settings.rank *= len(TRAITS)
+    settings.lora_alpha *= len(TRAITS)          # alpha/rank, the scale of ΔW, stays
+
+
+def saved_settings(settings):
+    """The settings as the run's files hold them."""
+    return {key: value for key, value in asdict(settings).items() if key not in NOT_SAVED}
+
+
+def refuse_difference(settings, saved, folder, keys=None):
+    """UserError naming the first setting that differs from those saved in the run's folder."""
+    for key, value in saved_settings(settings).items():
+        if key in FREE_ON_RESUME or (keys and key not in keys):
+            continue
+        if saved.get(key) != value:
+            raise UserError(f"{folder} was made with {key} = {saved.get(key)!r}, this command says "
+                            f"{value!r}: give the same settings, or another --out")
+
+
+# ------------------------------------------------------------------------------------ opening a run
+
+# in these a stage and the ones that it builds on must agree
+SHARED_BY_STAGES = {"base", "encoder", "variant", "rank", "lora_alpha", "pooling", "data_sha256",
+                    "seed"}
+
+
+def state_file(settings, stage):
+    return Path(settings.out) / f"stage{stage}.safetensors"
+
+
+def open_run(settings, stages):
+    """Make the run's folder ready for these stages -> the stage and the step to start at.
+
+    A run that stands there already is resumed if asked, else moved aside: nothing is overwritten.
+    """
+    out = Path(settings.out)
+    begun = [stage for stage in (1, 2, 3) if state_file(settings, stage).exists()]
+    if settings.resume:
+        if not begun:
+            raise UserError(f"there is nothing to resume in {out}: start without --resume")
+        header = read_header(state_file(settings, begun[-1]))
+        refuse_difference(settings, header["settings"], out)
+        forget_later_metrics(out, header)
+        return header["stage"], header["step"]
+
+    # a stage started alone builds on what the earlier ones wrote; a baseline has no stage 2
+    earlier = [stage for stage in (1, 2) if stage < stages[0]]
+    if settings.variant != "personafuse":
+        earlier = earlier[:1]
+    for stage in earlier:
+        header = read_header(state_file(settings, stage)) if stage in begun else None
+        if not header or not header["done"]:
+            raise UserError(f"stage {stages[0]} starts from what stage {stage} wrote, and {out} has "
+                            f"no finished stage {stage}: run --stage {stage} first, or --stage all")
+        refuse_difference(settings, header["settings"], out, SHARED_BY_STAGES)
+    run_again = not earlier or begun[-1] >= stages[0]
+    if run_again and out.exists() and any(out.iterdir()):
+        old = move_aside(out)
+        out.mkdir(parents=True)
+        for stage in earlier:
+            shutil.copy2(old / state_file(settings, stage).name, state_file(settings, stage))
+    check_writable(out)
+    return stages[0], 0
+
+
+def forget_later_metrics(out, header):
+    """Drop what was logged after the state that a run is resumed from."""
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for _, line in read_lines(path):
+        logged = json.loads(line)
+        moment = (logged["stage"], logged["step"], "held_out" in logged)
+        if moment <= (header["stage"], header["step"], False):
+            kept.append(line)
+    with atomic_write(path) as tmp:
+        tmp.write_text("".join(kept))
+
+
+def move_aside(folder):
+    """out/tiny becomes out/tiny.1, or the next free number."""
+    number = 1
+    while Path(f"{folder}.{number}").exists():
+        number += 1
+    aside = Path(f"{folder}.{number}")
+    folder.rename(aside)
+    print(f"{folder} holds a run already; it is now {aside}")
+    return aside
+
+
+def check_writable(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write into {out}: {error.strerror}")
+
+
+# ------------------------------------------------------------------------------------------- state
+
+def trainable(model, stage):
+    """(name, parameter) of what a stage trains, in a fixed order."""
+    chosen = []
+    for name, t in model.named_parameters():
+        expert = name.endswith((".A", ".B"))
+        router = name.startswith("router.")
+        if (expert and stage != 2) or (router and stage != 1):
+            chosen.append((name, t))
+    return chosen
+
+
+def save_state(path, model, optimizer, stage, step, done, settings):
+    """One file holds a stage: what it trains, AdamW's two moments, and where it stands."""
+    from safetensors.torch import save_file
+    tensors = {}
+    for name, t in trainable(model, stage):
+        tensors[name] = t.detach()
+        if not done and t in optimizer.state:
+            tensors["exp_avg " + name] = optimizer.state[t]["exp_avg"]
+            tensors["exp_avg_sq " + name] = optimizer.state[t]["exp_avg_sq"]
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    header = {"stage": stage, "step": step, "done": done, "settings": saved_settings(settings)}
+    with atomic_write(path) as tmp:
+        save_file(tensors, tmp, metadata={"personafuse": json.dumps(header)})
+
+
+def read_header(path):
+    """Where a state file stands, without its tensors: stage, step, done, settings."""
+    from safetensors import safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["personafuse"])
+    except Exception as error:          # safetensors' own type, KeyError, OSError, ...
+        raise UserError(f"cannot read the saved state {path}: {error}; "
+                        "remove that file and the stage starts again")
+
+
+def load_state(path, model, optimizer=None):
+    """Read what `save_state` wrote into the model, and the optimizer where there is one."""
+    import torch
+    from safetensors.torch import load_file
+    header = read_header(path)
+    saved = load_file(path)
+    for name, t in trainable(model, header["stage"]):
+        t.data.copy_(saved[name])
+        if optimizer and "exp_avg " + name in saved:
+            optimizer.state[t] = {
+                "step": torch.tensor(float(header["step"]), device=t.device),
+                "exp_avg": saved["exp_avg " + name].to(t.device),
+                "exp_avg_sq": saved["exp_avg_sq " + name].to(t.device),
+            }
+
+
+def save_run(model, settings, with_router):
+    """What others read: every expert in peft's format, the router, and the settings."""
+    from lora import save_experts
+    from safetensors.torch import save_file
+    out = Path(settings.out)
+    save_experts(model.base, settings.names, out, settings.base)
+    if with_router:
+        tensors = {name: t.detach().cpu().contiguous()
+                   for name, t in model.router.named_parameters()}
+        with atomic_write(out / "router.safetensors") as tmp:
+            save_file(tensors, tmp)
+    write_json(out / "personafuse.json", saved_settings(settings))
+
+
+def log(settings, line):
+    """Append a dict to the run's metrics.jsonl."""
+    path = Path(settings.out) / "metrics.jsonl"
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; "
+                        "--resume goes on from the last saved step")
