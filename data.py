@@ -121,8 +121,7 @@ def parse_traits(text):
 # ------------------------------------------------------------------- Persona-CoT: prompt and parser
 
 PERSONA_COT = """\
-Answer a user in five steps. Write every step down under its number, with the lines that are named
-there.
+Answer a user in five steps. Write every step down under its number, with the lines named there.
 
 The user wrote:
 <<<
@@ -138,9 +137,8 @@ inventive, brief, kind?
 Task cue: [one sentence]
 
 Step 3: Choose the personality traits that the answer should show to fit each cue. They are the
-answer's, not the user's:
-somebody worried may need somebody calm. Choose one to four of these ten, and never both poles of
-one trait:
+answer's, not the user's: somebody worried may need somebody calm. Choose one to four of these ten,
+and never both poles of one trait:
 High Openness (imaginative, curious) or Low Openness (practical, conventional)
 High Conscientiousness (organised, thorough) or Low Conscientiousness (flexible, spontaneous)
 High Extraversion (lively, talkative) or Low Extraversion (quiet, reserved)
@@ -160,8 +158,8 @@ showed them. End with:
 """
 FRIEND = """\
 You and I are old friends having a relaxed chat. Keep it casual and warm, the way people talk over
-coffee: everyday words,
-a bit of humour where it fits, no lists, nothing official. Here is what I want to talk about:
+coffee: everyday words, a bit of humour where it fits, no lists, nothing official. Here is what I
+want to talk about:
 {query}"""
 
 # a key of the record -> the prompt that makes it: Persona-CoT (Table 9), then what the baselines of
