@@ -1,0 +1,43 @@
+"""What every experiment shares: a figure with its interval, and a table to show it in."""
+
+import numpy as np
+
+
+def bootstrap(statistic, n, draws=1000):
+    """[value, low, high]: a statistic of n records and its 95% interval over resamples of them.
+
+    `statistic` is called with the indices of the records that count (n,), and returns a number.
+    """
+    rng = np.random.default_rng(0)
+    values = []
+    for _ in range(draws):
+        values.append(statistic(rng.integers(n, size=n)))
+    value = statistic(np.arange(n))
+    low, high = np.nanpercentile(values, [2.5, 97.5])       # a resample may hold no example of a class
+    return [round(float(x), 4) for x in (value, low, high)]
+
+
+def shown(interval, digits=2):
+    """[0.71, 0.64, 0.78] -> "0.71 [0.64, 0.78]"; "" where there is none."""
+    if not interval:
+        return ""
+    value, low, high = (f"{x:.{digits}f}" for x in interval)
+    return f"{value} [{low}, {high}]"
+
+
+def shown_difference(interval, digits=2):
+    """As `shown`, with an = behind a difference smaller than its interval: one not told from 0."""
+    if interval and interval[1] <= 0 <= interval[2]:
+        return shown(interval, digits) + " ="
+    return shown(interval, digits)
+
+
+def print_table(header, rows):
+    """Columns aligned on the left, each as wide as its widest cell."""
+    widths = []
+    for column in zip(header, *rows):
+        widths.append(max(len(str(cell)) for cell in column))
+    rule = ["-" * width for width in widths]
+    for row in [header, rule, *rows]:
+        cells = [str(cell).ljust(width) for cell, width in zip(row, widths)]
+        print("  ".join(cells).rstrip())
