@@ -289,8 +289,19 @@ def sample_token(logits, temperature, top_p, generator):
     return ids.gather(1, drawn)[:, 0]
 
 
+def penalize_repetition(logits, ids, penalty):
+    """Make the tokens `ids` that were there before less likely, in place; logits (V,).
+
+    As in CTRL and transformers: a positive score is divided by the penalty, a negative multiplied.
+    """
+    ids = torch.tensor(sorted(set(ids)), device=logits.device)
+    scores = logits[ids]
+    logits[ids] = torch.where(scores > 0, scores / penalty, scores * penalty)
+
+
 @torch.inference_mode()
-def generate(llama, prompt, max_new_tokens, stop, w=None, temperature=0.0, top_p=1.0, seed=0):
+def generate(llama, prompt, max_new_tokens, stop, w=None, temperature=0.0, top_p=1.0, seed=0,
+             repetition_penalty=1.0):
     """Continue one prompt (token ids), w (1, E) or None: yields token ids until one of `stop`,
     max_new_tokens, or the end of the model's context.
     """
@@ -298,14 +309,18 @@ def generate(llama, prompt, max_new_tokens, stop, w=None, temperature=0.0, top_p
     cache = Cache(llama, min(context, len(prompt) + max_new_tokens))
     generator = torch.Generator(llama.device).manual_seed(seed)
     tokens = torch.tensor([prompt], device=llama.device)                # (1, T), then (1, 1)
+    ids = list(prompt)
     # the last token is never read, so it needs no place in the context
     for _ in range(min(max_new_tokens, context - len(prompt) + 1)):
         hidden = llama(tokens, w, cache)                                # (1, T, d)
         logits = llama.logits(hidden[:, -1])                            # (1, V)
+        if repetition_penalty != 1:
+            penalize_repetition(logits[0], ids, repetition_penalty)
         token = sample_token(logits, temperature, top_p, generator)     # (1,)
         if token.item() in stop:
             return
         yield token.item()
+        ids.append(token.item())
         tokens = token[:, None]
 
 
