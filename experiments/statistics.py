@@ -13,7 +13,8 @@ def bootstrap(statistic, n, draws=1000):
     for _ in range(draws):
         values.append(statistic(rng.integers(n, size=n)))
     value = statistic(np.arange(n))
-    low, high = np.nanpercentile(values, [2.5, 97.5])       # a resample may hold no example of a class
+    # a statistic may be NaN where a resample holds no example of a class
+    low, high = np.nanpercentile(values, [2.5, 97.5])
     return [round(float(x), 4) for x in (value, low, high)]
 
 

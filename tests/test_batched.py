@@ -1,0 +1,91 @@
+"""Many prompts at a time against one at a time, whatever ends when and wherever it stands."""
+
+import pytest
+import torch
+
+from experiments.batched import generate_batch
+from lora import lora_layers
+from personafuse import generate, load_llama
+from test_llama import plain_greedy
+
+CPU = torch.device("cpu")
+
+
+def make_prompts(*lengths):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, 400, (n,), generator=generator).tolist() for n in lengths]
+
+
+def collect(tokens, n):
+    """What generate_batch yields -> the answers, and the order in which they ended."""
+    answers = [[] for _ in range(n)]
+    ended = []
+    for i, token in tokens:
+        if token is None:
+            ended.append(i)
+        else:
+            answers[i].append(token)
+    return answers, ended
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_generating_many_is_generating_each(mini, rows):
+    llama = load_llama(mini, CPU, torch.float32)
+    prompts = make_prompts(5, 40, 1, 17, 9, 30, 2)
+    with torch.no_grad():
+        first = plain_greedy(llama, prompts[1], 12, set())
+        stop = {first[4]}                                   # so that prompt 1, at least, ends early
+        expected = [plain_greedy(llama, prompt, 12, stop) for prompt in prompts]
+    answers, ended = collect(generate_batch(llama, prompts, 12, stop, rows=rows), len(prompts))
+    assert answers == expected
+    assert sorted(ended) == list(range(len(prompts)))
+    assert len(answers[1]) <= 4
+
+
+def test_every_row_has_the_weights_of_its_prompt(mini):
+    llama = load_llama(mini, CPU, torch.float32, experts=3)
+    generator = torch.Generator().manual_seed(0)
+    for _, layer in lora_layers(llama):
+        layer.B.data = torch.randn(layer.B.shape, generator=generator) * 0.3
+    # one prompt for all, so that only the weights can tell the answers apart
+    prompts = make_prompts(8) * 6
+    w = torch.eye(3).repeat(2, 1)
+    answers, _ = collect(generate_batch(llama, prompts, 10, set(), w, rows=4), 6)
+    for prompt, row, answer in zip(prompts, w, answers):
+        assert answer == list(generate(llama, prompt, 10, set(), row[None]))
+    assert answers[0] != answers[1] != answers[2] != answers[0]
+
+
+def test_a_reader_ends_a_sequence_early_and_only_that_one(mini):
+    llama = load_llama(mini, CPU, torch.float32)
+    prompts = make_prompts(7, 3, 12, 5)
+    expected, _ = collect(generate_batch(llama, prompts, 10, set()), 4)
+    finished = set()
+    answers = [[] for _ in prompts]
+    for i, token in generate_batch(llama, prompts, 10, set(), rows=2, finished=finished):
+        if token is None:
+            continue
+        answers[i].append(token)
+        if i == 1 and len(answers[1]) == 3:
+            finished.add(1)
+    assert answers[1] == expected[1][:3]
+    assert [answers[i] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
+
+
+def test_generation_ends_with_the_context(mini):
+    llama = load_llama(mini, CPU, torch.float32)
+    answers, ended = collect(generate_batch(llama, [[5] * 500, [5, 6]], 100, set()), 2)
+    # the last one is predicted from the last place, and not read
+    assert [len(answer) for answer in answers] == [512 - 500 + 1, 100]
+    assert ended == [0, 1]
+
+
+def test_sampling_repeats_with_its_seed(mini):
+    llama = load_llama(mini, CPU, torch.float32)
+    prompts = make_prompts(7, 3, 12)
+
+    def drawn(seed):
+        tokens = generate_batch(llama, prompts, 12, set(), temperature=1.5, top_p=0.9, seed=seed)
+        return collect(tokens, 3)[0]
+
+    assert drawn(1) == drawn(1) != drawn(2)
