@@ -366,10 +366,10 @@ class PersonaFuse(nn.Module):
         "random2" is the paper's Random Route 2; a baseline's one LoRA has weight 1 whatever the
         route. `top_k` keeps only the largest of the router's weights.
         """
-        n = len(queries)
-        E = self.experts
         if route == "none":
             return None
+        n = len(queries)
+        E = self.experts
         if E == 1:
             return torch.ones(n, 1, device=self.device)
         if route == "uniform":

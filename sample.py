@@ -99,11 +99,10 @@ def load_model(args):
     """What --run and --base name -> the model and its base's name."""
     if args.route == "none" and args.base and not args.run:
         folder = find_model(args.base)
-        tokenizer = ChatTokenizer(folder)
         from personafuse import PersonaFuse, load_llama, pick_device, pick_dtype
         device = pick_device(args.device, args.base)
         llama = load_llama(folder, device, pick_dtype(args.dtype, device))
-        return PersonaFuse(llama, tokenizer), args.base
+        return PersonaFuse(llama, ChatTokenizer(folder)), args.base
     run = args.run or newest_run()
     missing = f"{run} holds no finished stage (no personafuse.json): train with train.py first"
     base = read_json(Path(run) / "personafuse.json", missing)["base"]

@@ -20,8 +20,8 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-from data import run_program  # noqa: E402
 from personafuse import Config, Llama  # noqa: E402
+from plumbing import run_program  # noqa: E402
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)    # a background shell ignores Ctrl-C, and programs started here would
@@ -91,19 +91,21 @@ def small_data(tmp_path_factory):
 
 
 def program(script, *arguments, cwd=None, env=None):
-    """Run a program of the project as a user does -> CompletedProcess with text output.
+    """Run a program of the project (a file, or experiments.NAME) as a user does -> CompletedProcess with text output.
 
     In this process, which has imported torch already, unless the program needs a folder or an environment of its own.
     """
     command = [str(script), *map(str, arguments)]
+    module = str(script) if str(script).startswith("experiments.") else Path(script).stem
     if cwd or env:
-        return subprocess.run([sys.executable, *command], cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=240)
+        how = ["-m"] if str(script).startswith("experiments.") else []
+        return subprocess.run([sys.executable, *how, *command], cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=240)
     handlers, argv, here = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)], sys.argv, os.getcwd()
     sys.argv, code = command, 0
     os.chdir(ROOT)
     try:
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-            run_program(importlib.import_module(Path(script).stem).main)
+            run_program(importlib.import_module(module).main)
     except SystemExit as e:
         code = e.code
     finally:
@@ -125,7 +127,9 @@ def fails_in_one_line(result, *words):
 
 
 FAST = ["--steps1", 3, "--batch1", 2, "--steps2", 3, "--batch2", 8, "--steps3", 2, "--batch3", 6, "--max-length", 160,
-        "--lr1", 3e-3, "--lr2", 1e-3, "--lr3", 3e-4]
+        "--lr1", 3e-3, "--lr2", 1e-3, "--lr3", 3e-4,
+        "--dtype", "fp32"]
+GREEDY = ["--temperature", 0, "--repetition-penalty", 1, "--dtype", "fp32"]
 
 
 def train_arguments(mini, data, out, *more):

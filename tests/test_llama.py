@@ -9,8 +9,9 @@ from conftest import FAMILIES, MINI, fails_in_one_line, make_model, program
 from safetensors.torch import load_file, save_file
 
 import personafuse
-from data import UserError
+from data import ChatTokenizer
 from personafuse import Cache, Config, generate, load_llama
+from plumbing import UserError
 
 CPU = torch.device("cpu")
 
@@ -49,7 +50,7 @@ def test_token_by_token_agrees_with_the_full_pass(family, tmp_path):
     tokens = torch.randint(0, MINI["vocab_size"], (1, 60), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         full = llama(tokens)
-        cache = Cache(llama, rows=1, capacity=60)
+        cache = Cache(llama, capacity=60)
         parts = [llama(tokens[:, :20], cache=cache)] + [llama(tokens[:, i:i + 1], cache=cache) for i in range(20, 60)]
     assert (torch.cat(parts, dim=1) - full).abs().max() < 1e-4
 
@@ -65,25 +66,32 @@ def plain_greedy(llama, prompt, count, stop):
     return ids[len(prompt):]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
-def test_generating_many_is_generating_each(mini, rows):
+def test_generating_is_the_whole_pass_again_for_every_token(mini):
     llama = load_llama(mini, CPU, torch.float32)
-    generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(1, 400, (n,), generator=generator).tolist() for n in (5, 40, 1, 17, 9, 30, 2)]
+    prompt = torch.randint(1, 400, (40,), generator=torch.Generator().manual_seed(3)).tolist()
     with torch.no_grad():
-        first = plain_greedy(llama, prompts[1], 12, set())
-        stop = {first[4]}                                   # so that prompt 1, at least, ends early
-        expected = [plain_greedy(llama, p, 12, stop) for p in prompts]
-    answers, ended = [[] for _ in prompts], []
-    for i, token in generate(llama, prompts, 12, stop, rows=rows):
-        ended.append(i) if token is None else answers[i].append(token)
-    assert answers == expected
-    assert sorted(ended) == list(range(len(prompts))) and len(answers[1]) <= 4
+        plain = plain_greedy(llama, prompt, 12, set())
+        assert list(generate(llama, prompt, 12, set())) == plain
+        stop = {plain[4]}                                   # an end token that comes up ends it
+        expected = plain_greedy(llama, prompt, 12, stop)
+        assert list(generate(llama, prompt, 12, stop)) == expected and len(expected) <= 4
+
+
+@pytest.mark.parametrize("penalty", [1.3, 5.0])
+def test_the_repetition_penalty_is_that_of_transformers(mini, penalty):
+    transformers = pytest.importorskip("transformers")
+    llama = load_llama(mini, CPU, torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(mini, dtype=torch.float32)
+    prompt = torch.randint(1, 400, (9,), generator=torch.Generator().manual_seed(3)).tolist()
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=[-1],
+                               pad_token_id=0, repetition_penalty=penalty)[0, 9:].tolist()
+    assert list(generate(llama, prompt, 30, set(), repetition_penalty=penalty)) == expected
+    assert expected != list(generate(llama, prompt, 30, set()))
 
 
 def test_generation_ends_with_the_context(mini):
     llama = load_llama(mini, CPU, torch.float32)
-    tokens = [t for _, t in generate(llama, [[5] * 500], 100, set()) if t is not None]
+    tokens = list(generate(llama, [5] * 500, 100, set()))
     assert len(tokens) == 512 - 500 + 1                     # the last one is predicted from the last place, and not read
 
 
@@ -162,7 +170,7 @@ def test_a_missing_shard_and_a_foreign_tokenizer_are_named(tmp_path):
     llama = load_llama(folder, CPU, torch.float32)
     llama.config.vocab_size = 300
     with pytest.raises(UserError, match="400 tokens.*300"):
-        personafuse.check_vocabulary(personafuse.Chat(folder), llama, folder)
+        personafuse.check_vocabulary(ChatTokenizer(folder), llama, folder)
 
 
 def test_too_little_memory_is_said_before_loading(mini, monkeypatch):

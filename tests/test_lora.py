@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import fails_in_one_line, program
+from conftest import GREEDY, fails_in_one_line, program
 
 from data import TRAITS
-from lora import LoRALinear, lora_layers, merge, spread, unmerge
+from lora import LoRALinear, lora_layers, merge, expert_scales, unmerge
 from personafuse import load_llama, load_run
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def test_stacked_is_a_loop_over_experts():
     for t in layer.parameters():
         t.data = torch.randn(t.shape, generator=g)
     x, w = torch.randn(4, 5, 12, generator=g), torch.rand(4, 10, generator=g)
-    y = layer(x, spread(w, rank=3, alpha=6, dtype=torch.float32))
+    y = layer(x, expert_scales(w, rank=3, alpha=6, dtype=torch.float32))
     for row in range(4):                                            # every example has mixing weights of its own
         expected = x[row] @ layer.weight.T + layer.bias
         for i in range(10):
@@ -86,28 +86,28 @@ def test_the_mixture_is_peft_with_weighted_adapters(run, mini):
         assert (model.base.logits(model.base(tokens, w[None])) - theirs(tokens).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("how", [["--traits", "high agreeableness=0.7, low neuroticism=0.3"], ["--query", "I feel anxious"]])
+@pytest.mark.parametrize("how", [["--traits", "high agreeableness=0.7, low neuroticism=0.3"], ["I feel anxious"]])
 def test_an_exported_mixture_answers_alike_in_transformers(run, mini, tmp_path, how):
     transformers = pytest.importorskip("transformers")
-    result = program("lora.py", "--run", run, *how, "--export", tmp_path / "merged", "--dtype", "fp32")
+    result = program("sample.py", *how, "--run", run, "--export", tmp_path / "merged", "--dtype", "fp32")
     assert result.returncode == 0, result.stderr
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     model, _ = load_run(run, CPU, torch.float32)
     w = torch.zeros(10)
     w[TRAITS.index("high agreeableness")], w[TRAITS.index("low neuroticism")] = 0.7, 0.3
-    if how[0] == "--query":
-        w = model.route([model.encoder_chat.query("I feel anxious")])[0]
-    prompt = model.chat.prompt("I feel anxious")
+    if how[0] != "--traits":
+        w = model.route([model.encoder_tokenizer.encode_query("I feel anxious")])[0]
+    prompt = model.tokenizer.encode_prompt("I feel anxious")
     with torch.no_grad():
         ours = model.base.logits(model.base(torch.tensor([prompt]), w[None]))
         assert (ours - theirs(torch.tensor([prompt])).logits).abs().max() < 1e-4
     chosen = ["--traits", how[1]] if how[0] == "--traits" else []
-    ours = json.loads(program("sample.py", "I feel anxious", "--run", run, *chosen, "--json", "--max-new-tokens", 20).stdout)
+    ours = json.loads(program("sample.py", "I feel anxious", "--run", run, *chosen, "--json", "--max-new-tokens", 20, *GREEDY).stdout)
     ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=0, pad_token_id=0)
-    assert ours["response"] == model.chat.decode(ids[0, len(prompt):].tolist()).strip()
+    assert ours["response"] == model.tokenizer.decode(ids[0, len(prompt):].tolist()).strip()
 
 
 def test_export_refuses_what_it_cannot_do(run, tmp_path):
-    assert fails_in_one_line(program("lora.py", "--run", tmp_path, "--query", "hi", "--export", tmp_path / "x"), "personafuse.json")
-    assert fails_in_one_line(program("lora.py", "--run", run, "--query", "hi", "--export", run), "exists already")
-    assert fails_in_one_line(program("lora.py", "--run", run, "--traits", "high ego=1", "--export", tmp_path / "x"), "high ego")
+    assert fails_in_one_line(program("sample.py", "hi", "--run", tmp_path, "--export", tmp_path / "x"), "personafuse.json")
+    assert fails_in_one_line(program("sample.py", "hi", "--run", run, "--export", run), "exists already")
+    assert fails_in_one_line(program("sample.py", "--run", run, "--traits", "high ego=1", "--export", tmp_path / "x"), "high ego")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, fails_in_one_line, program
+from conftest import GREEDY, ROOT, fails_in_one_line, program
 
 from data import TRAITS
 from personafuse import load_run
@@ -14,7 +14,7 @@ from test_llama import plain_greedy
 
 
 def sample(*arguments, **options):
-    return program("sample.py", *arguments, "--max-new-tokens", 12, **options)
+    return program("sample.py", *GREEDY, *arguments, "--max-new-tokens", 12, **options)
 
 
 class PlainMix:
@@ -33,13 +33,13 @@ def test_bars_strongest_first_then_the_plain_loops_answer(run):
     bars, text = result.stdout.split("\n\n", 1)
     rows = [line.strip().rsplit(maxsplit=2) for line in bars.splitlines()]
     model, _ = load_run(run, torch.device("cpu"), torch.float32)
-    w = model.route([model.encoder_chat.query("I feel anxious")])[0]
+    w = model.route([model.encoder_tokenizer.encode_query("I feel anxious")])[0]
     shown = {row[0].strip(): float(row[1]) for row in rows}
     assert shown == {name: pytest.approx(x, abs=6e-4) for name, x in zip(TRAITS, w.tolist())}
     assert list(shown.values()) == sorted(shown.values(), reverse=True)
     with torch.no_grad():                                       # mixed at every layer, not merged, the whole pass every time
-        ids = plain_greedy(PlainMix(model.base, w), model.chat.prompt("I feel anxious"), 12, model.chat.stop)
-    assert text.strip() == model.chat.decode(ids).strip()
+        ids = plain_greedy(PlainMix(model.base, w), model.tokenizer.encode_prompt("I feel anxious"), 12, model.tokenizer.stop)
+    assert text.strip() == model.tokenizer.decode(ids).strip()
 
 
 def test_json_of_one_and_of_a_file(run, tmp_path):

@@ -8,28 +8,30 @@ import shutil
 import signal
 import subprocess
 import sys
-from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT, fails_in_one_line, make_model, program, train_arguments
 from safetensors.torch import load_file, save_file
 
-from data import TRAITS, load_records, tokenize
+from data import (TRAITS, Batch, expert_batch, expert_subsets, joint_batch, load_records, make_examples, router_batch,
+                  trait_groups)
 from lora import clip_experts, lora_layers
 from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, trait_loss
 from personafuse import build, pad, response_batch
-from train import compute_gradients, make_batch, run_stage, trained
+from runs import Settings, trainable
+from train import run_stage, stage_loss
 
 CPU = torch.device("cpu")
-SETTINGS = dict(names=TRAITS, rank=4, alpha=8, tau=1.0, pooling="last", seed=0, variant="personafuse", batch1=3, batch2=12,
-                group=4, batch3=10, margin=0.1, loss_alpha=1.0, beta=1.0, gamma=0.2, micro_batch=100, checkpointing=False)
+SETTINGS = Settings(names=TRAITS, rank=4, lora_alpha=8, tau=1.0, pooling="last", batch1=3, batch2=12, group=4, batch3=10,
+                    margin=0.1, micro_batch=100)
 
 
 @pytest.fixture
 def model(mini):
     torch.manual_seed(0)
-    model = build(SETTINGS | {"base": str(mini), "encoder": str(mini)}, CPU, torch.float32)
+    model = build(vars(SETTINGS) | {"base": str(mini), "encoder": str(mini)}, CPU, torch.float32)
     for _, layer in lora_layers(model.base):
         layer.B.data = torch.randn(layer.B.shape) * 0.05            # so that A gets gradient too
     return model
@@ -37,34 +39,42 @@ def model(mini):
 
 @pytest.fixture
 def examples(model, small_data):
-    return tokenize(load_records(small_data), model.chat, model.encoder_chat, 120)
+    return make_examples(load_records(small_data), model.tokenizer, model.encoder_tokenizer, 120)
+
+
+def first_batch(stage, examples, step=0):
+    if stage == 1:
+        return expert_batch(examples, expert_subsets(examples), 3, step, seed=0)
+    if stage == 2:
+        return router_batch(examples, trait_groups(examples), 12, 4, step, seed=0)
+    return joint_batch(examples, 10, step, seed=0)
 
 
 def gradients(model, stage, batch, **changes):
     """The gradients that one step leaves, by name."""
     model.requires_grad_(False)
-    for _, t in trained(model, stage):
+    for _, t in trainable(model, stage):
         t.requires_grad_(True)
         t.grad = None
-    losses = compute_gradients(model, stage, batch, Namespace(**SETTINGS | changes))
-    return losses, {name: t.grad.clone() for name, t in model.named_parameters() if t.grad is not None}
+    loss, _ = stage_loss(model, stage, batch, replace(SETTINGS, **changes))
+    loss.backward()
+    return loss, {name: t.grad.clone() for name, t in model.named_parameters() if t.grad is not None}
 
 
 def plain_loss(model, stage, batch):
     """The stage's loss over the whole batch in one piece, as the equations have it."""
-    rows, w, share = zip(*batch)
-    p = torch.tensor([r["p"] for r in rows])
+    p = torch.tensor([r.p for r in batch.examples])
     if stage == 1:
-        w = torch.stack(w)
+        w = torch.tensor(batch.fixed_w)
     else:
-        h = model.router.embed(*pad([r["query"] for r in rows], CPU))
+        h = model.router.embed(*pad([r.query for r in batch.examples], CPU))
         w = model.router.weights(h)
         router = router_loss(contrastive_loss(cosine(h, model.router.e), p, 0.1), trait_loss(h, p), 1.0, 1.0)
         if stage == 2:
             return router
-    tokens, targets = response_batch(rows, CPU)
-    hidden = model.response_hidden(tokens, targets, w)
-    per_token = torch.tensor([share[i] for i, r in enumerate(rows) for _ in r["answer"]])
+    tokens, targets = response_batch(batch.examples, CPU)
+    hidden = model.base(tokens, w)[targets >= 0]
+    per_token = torch.tensor([weight for weight, r in zip(batch.token_weight, batch.examples) for _ in r.answer])
     lm = lm_loss(model.base.logits(hidden), targets[targets >= 0], per_token)
     return lm if stage == 1 else joint_loss(lm, router, 0.2)
 
@@ -72,39 +82,58 @@ def plain_loss(model, stage, batch):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("changes", [{}, {"micro_batch": 3}, {"micro_batch": 4, "checkpointing": True}], ids=str)
 def test_a_step_in_parts_has_the_gradient_of_the_plain_loss(model, examples, stage, changes):
-    batch = make_batch(stage, 0, examples, Namespace(**SETTINGS))
-    _, ours = gradients(model, stage, batch, **changes)
+    batch = first_batch(stage, examples)
+    loss, ours = gradients(model, stage, batch, **changes)
     model.zero_grad()
-    plain_loss(model, stage, batch).backward()
+    plain = plain_loss(model, stage, batch)
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     expected = {name: t.grad for name, t in model.named_parameters() if t.grad is not None}
     assert ours.keys() == expected.keys()
     for name in expected:
         assert (ours[name] - expected[name]).abs().max() <= 1e-5 * max(1, expected[name].abs().max()), name
 
 
+def test_the_model_in_one_call_is_the_router_then_the_base(model, examples):
+    """PersonaFuse.forward and Router.forward: Eq. 1 from the queries, then the base with these weights."""
+    queries, lengths = pad([r.query for r in examples[:3]], CPU)
+    tokens, _ = response_batch(examples[:3], CPU)
+    with torch.no_grad():
+        logits = model(queries, lengths, tokens)
+        for i, r in enumerate(examples[:3]):
+            h = model.router.encoder(torch.tensor([r.query]))[0, -1]
+            cosines = torch.stack([h @ e / (h.norm() * e.norm()) for e in model.router.e])
+            w = cosines.exp() / cosines.exp().sum()
+            ids = (r.prompt + r.answer)[:-1]
+            alone = model.base.logits(model.base(torch.tensor([ids]), w[None]))[0]
+            assert (logits[i, :len(ids)] - alone).abs().max() < 1e-4
+
+
 def test_query_tokens_do_not_count(model, examples):
     tokens, targets = response_batch(examples[:3], CPU)
     for i, r in enumerate(examples[:3]):
-        ids = r["prompt"] + r["answer"]
+        ids = r.prompt + r.answer
         assert tokens[i, :len(ids) - 1].tolist() == ids[:-1]
-        assert targets[i][targets[i] >= 0].tolist() == r["answer"]
-        assert (targets[i, :len(r["prompt"]) - 1] == -1).all()
-    assert model.response_hidden(tokens, targets).shape[0] == sum(len(r["answer"]) for r in examples[:3])
+        assert targets[i][targets[i] >= 0].tolist() == r.answer
+        assert (targets[i, :len(r.prompt) - 1] == -1).all()
+    assert (targets >= 0).sum() == sum(len(r.answer) for r in examples[:3])
 
 
 def test_ten_experts_in_one_batch_are_ten_separate_runs(model, examples):
     """Steps of AdamW on batches of all experts leave each as if it had trained on its own rows alone, clipping included."""
-    s = Namespace(**SETTINGS)
+    def rows_of(batch, only):
+        rows = [i for i, w in enumerate(batch.fixed_w) if w[only] == 1]
+        return Batch(*[[column[i] for i in rows] for column in (batch.examples, batch.fixed_w, batch.token_weight)])
 
     def run(model, only=None):
         model.requires_grad_(False)
-        params = [t for _, t in trained(model, 1)]
+        params = [t for _, t in trainable(model, 1)]
         for t in params:
             t.requires_grad_(True)
         optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
         for step in range(3):
-            batch = [row for row in make_batch(1, step, examples, s) if only is None or row[1][only] == 1]
-            compute_gradients(model, 1, batch, s)
+            batch = first_batch(1, examples, step)
+            stage_loss(model, 1, batch if only is None else rows_of(batch, only), SETTINGS)[0].backward()
             clip_experts(model.base, 10, 0.5)
             optimizer.step()
             optimizer.zero_grad()
@@ -123,9 +152,16 @@ def test_ten_experts_in_one_batch_are_ten_separate_runs(model, examples):
 
 
 def test_stage_2_batches_share_p_in_groups(examples):
-    rows = [r for r, _, _ in make_batch(2, 0, examples, Namespace(**SETTINGS | {"batch2": 4, "group": 4}))]
-    assert len({r["p"] for r in rows}) == 1                                         # the paper's batch: one p for all
-    assert 1 < len({r["p"] for r, _, _ in make_batch(2, 0, examples, Namespace(**SETTINGS))}) <= 3
+    groups = trait_groups(examples)
+    rows = router_batch(examples, groups, 4, 4, 0, seed=0).examples
+    assert len({r.p for r in rows}) == 1                                            # the paper's batch: one p for all
+    assert 1 < len({r.p for r in router_batch(examples, groups, 12, 4, 0, seed=0).examples}) <= 3
+
+
+def test_stage_1_rows_come_from_the_subset_of_their_expert(examples):
+    batch = first_batch(1, examples)
+    for example, w in zip(batch.examples, batch.fixed_w):
+        assert sorted(w) == [0] * 9 + [1] and example.p[w.index(1)] == 1
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -143,12 +179,12 @@ def same(a, b):
 
 
 def test_frozen_means_frozen_and_each_stage_trains_its_own(model, examples, tmp_path):
-    s = Namespace(**SETTINGS | dict(steps1=2, lr1=1e-2, steps2=2, lr2=1e-2, lr_e=1e-2, steps3=2, lr3=1e-2, clip=1.0, save_every=9,
-                                    out=str(tmp_path), base="mini"))
-    examples = [r for r in examples if not r["p"][1] and not r["p"][8]]        # nothing activates experts 1 and 8
+    settings = replace(SETTINGS, steps1=2, lr1=1e-2, steps2=2, lr2=1e-2, lr_e=1e-2, steps3=2, lr3=1e-2, save_every=9,
+                       out=str(tmp_path), base="mini")
+    examples = [r for r in examples if not r.p[1] and not r.p[8]]               # nothing activates experts 1 and 8
     for stage in (1, 2, 3):
         before = {name: t.detach().clone() for name, t in model.named_parameters()}
-        run_stage(model, stage, 0, examples, s, tmp_path, [], 1, 0)
+        run_stage(model, stage, 0, examples, settings, received=[])
         for name, t in model.named_parameters():
             expert, router = name.endswith((".A", ".B")), name.startswith("router.")
             if not (expert and stage != 2 or router and stage != 1):
@@ -284,11 +320,11 @@ def test_an_out_that_cannot_be_written(mini, small_data, tmp_path):
 
 
 def test_a_full_disk_leaves_the_earlier_state(tmp_path):
-    from data import UserError, replacing
+    from plumbing import UserError, atomic_write
     path = tmp_path / "state.safetensors"
     save_file({"a": torch.ones(3)}, path)
     with pytest.raises(UserError, match="cannot write .*untouched"):
-        with replacing(path) as tmp:
+        with atomic_write(path) as tmp:
             tmp.symlink_to("/dev/full")                             # every write to it fails as on a full disk
             with open(tmp, "wb") as file:
                 file.write(bytes(10**6))
@@ -309,5 +345,5 @@ def test_a_baseline_without_its_answers_says_how_to_make_them(mini, small_data, 
     path = tmp_path / "bare.jsonl"
     keep = ("query", "social_traits", "task_traits", "response")
     path.write_text("".join(json.dumps({k: json.loads(x)[k] for k in keep}) + "\n" for x in small_data.read_text().splitlines()))
-    assert fails_in_one_line(train(mini, path, tmp_path / "o", "--variant", "direct"), "naive_response", "data.py generate", "--naive")
+    assert fails_in_one_line(train(mini, path, tmp_path / "o", "--variant", "direct"), "naive_response", "experiments.generate generate", "--naive")
     assert train(mini, path, tmp_path / "o").returncode == 0                    # PersonaFuse needs those four keys only
