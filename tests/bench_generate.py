@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
 import personafuse
+from experiments.batched import generate_batch
+from experiments.generate import generate_records
 
 
 def generate_throughput(folder, new_tokens=64):
@@ -29,7 +30,7 @@ def generate_throughput(folder, new_tokens=64):
 
     def ours(rows):
         out = [[] for _ in prompts]
-        for i, token in personafuse.generate(llama, prompts, new_tokens, stop=(), rows=rows):
+        for i, token in generate_batch(llama, prompts, new_tokens, stop=(), rows=rows):
             if token is not None:
                 out[i].append(token)
         return out
@@ -59,7 +60,7 @@ def generate_throughput(folder, new_tokens=64):
 
 
 def server_throughput(requests=320, workers=32, delay=0.2):
-    """data.generate against a server that answers after 200 ms: seconds for 320 requests with 32 workers."""
+    """experiments.generate against a server that answers after 200 ms: seconds for 320 requests with 32 workers."""
     answer = "Social traits: High Agreeableness\n##Response: Here you are.\n##Persona Behavior Rationale: kind"
     reply = json.dumps({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}]}).encode()
 
@@ -88,7 +89,7 @@ def server_throughput(requests=320, workers=32, delay=0.2):
                          human_like=False)
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            data.generate(args)
+            generate_records(args)
         seconds = time.perf_counter() - start
         records = len((Path(folder) / "out.jsonl").read_text().splitlines())
     server.shutdown()

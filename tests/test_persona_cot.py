@@ -1,4 +1,4 @@
-"""data.py as a program: the Persona-CoT parser, generate (server, own model, interrupted), queries, show and check."""
+"""The Persona-CoT parser, and experiments.generate: generate (server, own model, interrupted), queries, show, check."""
 
 import json
 import resource
@@ -14,8 +14,12 @@ from types import SimpleNamespace
 import pytest
 
 import data
-import personafuse
 from conftest import ROOT, make_model
+from experiments import asking, batched
+from experiments.generate import main, read_queries
+from plumbing import UserError
+
+PROGRAM = [sys.executable, "-m", "experiments.generate"]
 
 PLAIN = """Step 1: Read the social cue
 Social cue: The user sounds worried and a little ashamed.
@@ -187,12 +191,12 @@ def server():
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(data, "ask", partial(data.ask, wait=0.01, timeout=0.3))
+    monkeypatch.setattr(asking, "ask", partial(asking.ask, wait=0.01, timeout=0.3))
 
 
 def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
-    data.main()
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, argv)])
+    main()
 
 
 def generate(monkeypatch, server, tmp_path, *more, n=6):
@@ -234,7 +238,7 @@ def test_server_that_misbehaves_is_asked_again(server, tmp_path, monkeypatch, im
 
 def test_url_with_v1_and_without_are_the_same(server):
     for url in (server.url, server.url + "/", server.url + "/v1", server.url + "/v1/", server.url.removeprefix("http://")):
-        assert data.ask(url, "m", "Hi") == (PLAIN, False)
+        assert asking.ask(url, "m", "Hi") == (PLAIN, False)
     assert {entry[0] for entry in server.log} == {"/v1/chat/completions"}
 
 
@@ -254,22 +258,22 @@ def test_counts_by_reason(server, tmp_path, monkeypatch, capsys):
 
 
 def test_server_down_at_the_start(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "data.py", "generate", "--server", "http://127.0.0.1:9", "--model", "m",
+    done = subprocess.run([*PROGRAM, "generate", "--server", "http://127.0.0.1:9", "--model", "m",
                            "--queries", ROOT / "persona_cot.jsonl", "--out", tmp_path / "out.jsonl"],
-                          capture_output=True, text=True)
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and list(tmp_path.iterdir()) == []
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "127.0.0.1:9" in done.stderr
 
 
 def test_model_that_is_not_there(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "data.py", "show", "Hi", "--model", "nowhere"],
-                          capture_output=True, text=True)
+    done = subprocess.run([*PROGRAM, "show", "Hi", "--model", "nowhere"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: no model 'nowhere'") and done.stderr.count("\n") == 1
 
 
 def test_server_that_dies_midway(server, tmp_path, monkeypatch, impatient):
     server.reply = lambda query, before: (200, PLAIN) if len(server.log) <= 2 else (503, b"gone")
-    with pytest.raises(data.UserError, match="no answer.*HTTP 503.*repeat the same command"):
+    with pytest.raises(UserError, match="no answer.*HTTP 503.*repeat the same command"):
         generate(monkeypatch, server, tmp_path, "--workers", 1)
     assert len(lines(tmp_path / "out.jsonl")) == 2
     server.reply = lambda query, before: (200, PLAIN)
@@ -279,14 +283,14 @@ def test_server_that_dies_midway(server, tmp_path, monkeypatch, impatient):
 
 def test_one_query_that_breaks_the_server_does_not_stop_the_rest(server, tmp_path, monkeypatch, impatient):
     server.reply = lambda query, before: (500, b"") if query == "Question 2?" else (200, PLAIN)
-    with pytest.raises(data.UserError, match="1 queries got no answer.*5 kept, 0 dropped are on disk"):
+    with pytest.raises(UserError, match="1 queries got no answer.*5 kept, 0 dropped are on disk"):
         generate(monkeypatch, server, tmp_path)
     assert len(lines(tmp_path / "out.jsonl")) == 5
 
 
 def test_refusal_is_final_and_leaves_nothing(server, tmp_path, monkeypatch):
     server.reply = lambda query, before: (404, b"no model m here")
-    with pytest.raises(data.UserError, match="HTTP 404 no model m here"):
+    with pytest.raises(UserError, match="HTTP 404 no model m here"):
         generate(monkeypatch, server, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["q.txt"]
 
@@ -296,16 +300,16 @@ def test_refusal_is_final_and_leaves_nothing(server, tmp_path, monkeypatch):
 def test_out_made_with_something_else_is_refused(server, tmp_path, monkeypatch, more, what):
     generate(monkeypatch, server, tmp_path)
     before = (tmp_path / "out.jsonl").read_bytes()
-    with pytest.raises(data.UserError, match=f"made with other .*{what}"):
+    with pytest.raises(UserError, match=f"made with other .*{what}"):
         generate(monkeypatch, server, tmp_path, *more)
-    with pytest.raises(data.UserError, match="made with other queries"):
+    with pytest.raises(UserError, match="made with other queries"):
         generate(monkeypatch, server, tmp_path, n=7)
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def test_out_of_others_is_left_alone(server, tmp_path, monkeypatch):
     (tmp_path / "out.jsonl").write_text("my notes")
-    with pytest.raises(data.UserError, match="not made by this program"):
+    with pytest.raises(UserError, match="not made by this program"):
         generate(monkeypatch, server, tmp_path)
     assert (tmp_path / "out.jsonl").read_text() == "my notes" and server.log == []
 
@@ -314,7 +318,7 @@ def test_out_of_others_is_left_alone(server, tmp_path, monkeypatch):
 
 def command(server, tmp_path, out):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": f"Line one\nof {i}?"}) + "\n" for i in range(40)))
-    return [sys.executable, str(ROOT / "data.py"), "generate", "--server", server.url, "--model", "m", "--workers", "2",
+    return [*PROGRAM, "generate", "--server", server.url, "--model", "m", "--workers", "2",
             "--queries", str(tmp_path / "q.jsonl"), "--out", str(out)]
 
 
@@ -325,10 +329,10 @@ def scripted(query, before):
 
 def test_killed_and_started_again_it_ends_as_if_undisturbed(server, tmp_path):
     server.reply = scripted
-    subprocess.run(command(server, tmp_path, tmp_path / "whole.jsonl"), check=True, capture_output=True)
+    subprocess.run(command(server, tmp_path, tmp_path / "whole.jsonl"), cwd=ROOT, check=True, capture_output=True)
     out, dropped = tmp_path / "out.jsonl", tmp_path / "out.jsonl.dropped.jsonl"
     server.log.clear()
-    process = subprocess.Popen(command(server, tmp_path, out), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(server, tmp_path, out), cwd=ROOT, stderr=subprocess.DEVNULL)
     while len(lines(dropped)) < 1 or len(lines(out)) < 12:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -338,7 +342,7 @@ def test_killed_and_started_again_it_ends_as_if_undisturbed(server, tmp_path):
     done = {r["query"] for r in lines(dropped)} | {json.loads(s)["query"] for s in out.read_text().splitlines()[:-1]}
     assert 13 <= len(done) < 40
     server.log.clear()
-    subprocess.run(command(server, tmp_path, out), check=True, capture_output=True)
+    subprocess.run(command(server, tmp_path, out), cwd=ROOT, check=True, capture_output=True)
     assert sorted(out.read_text().splitlines()) == sorted((tmp_path / "whole.jsonl").read_text().splitlines())
     assert len(lines(out)) == 36 and len(lines(dropped)) == 4
     asked = {entry[2] for entry in server.log}                              # with what the dead one had under way
@@ -349,16 +353,16 @@ def test_full_disk_leaves_whole_lines(server, tmp_path):
     server.reply = scripted
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2000, 2000))            # the write that passes this fails
     out = tmp_path / "out.jsonl"
-    done = subprocess.run(command(server, tmp_path, out), preexec_fn=limit, capture_output=True, text=True)
+    done = subprocess.run(command(server, tmp_path, out), cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 2 and "cannot write" in done.stderr and "repeat the command" in done.stderr
     assert out.read_bytes().endswith(b"}\n") and 1 <= len(lines(out)) < 36
-    subprocess.run(command(server, tmp_path, out), check=True, capture_output=True)
+    subprocess.run(command(server, tmp_path, out), cwd=ROOT, check=True, capture_output=True)
     assert len(lines(out)) == 36
 
 
 def test_ctrl_c_does_not_wait_for_the_server(server, tmp_path):
     server.reply = lambda query, before: (200, PLAIN) if query.endswith(" 0?") else time.sleep(8) or (200, PLAIN)
-    process = subprocess.Popen(command(server, tmp_path, tmp_path / "out.jsonl"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(server, tmp_path, tmp_path / "out.jsonl"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not lines(tmp_path / "out.jsonl"):
         time.sleep(0.01)
     start = time.time()
@@ -389,14 +393,14 @@ def test_own_model_counts_what_it_drops(model, tmp_path, monkeypatch, capsys):
 
 def test_own_model_writes_records(model, tmp_path, monkeypatch):
     """With a model that can write: its tokens come interleaved, as batches make them."""
-    chat, said = data.Chat(model), {0: PLAIN, 1: PLAIN.replace("That", "This")}
+    chat, said = data.ChatTokenizer(model), {0: PLAIN, 1: PLAIN.replace("That", "This")}
 
     def fluent(llama, prompts, max_new_tokens, stop, rows, temperature, seed):
         ids = {i: chat.encode(said[i]) for i in range(len(prompts))}
         for at in range(max(map(len, ids.values())) + 1):
             yield from ((i, ids[i][at] if at < len(ids[i]) else None) for i in ids if at <= len(ids[i]))
 
-    monkeypatch.setattr(personafuse, "generate", fluent)
+    monkeypatch.setattr(batched, "generate_batch", fluent)
     own(monkeypatch, model, tmp_path, "--max-new-tokens", 1000)
     assert [(r["query"], r["response"][:4]) for r in lines(tmp_path / "out.jsonl")] == [
         ("Short one?", "That"), ("Another short one?", "This")]
@@ -444,7 +448,7 @@ def test_each_source_in_its_own_format(tmp_path, monkeypatch):
     assert {(r["source"], r["query"]) for r in lines(tmp_path / "q.jsonl")} == {
         ("sharegpt", "Tell me about SAS."), ("personahub", "Plan a week of night shifts."),
         ("wildchat", "Write two lines\nabout the sea."), ("infinity", "Add 12 and 30.")}
-    assert "Write two lines\nabout the sea." in data.read_queries(tmp_path / "q.jsonl")     # generate reads what this writes
+    assert "Write two lines\nabout the sea." in read_queries(tmp_path / "q.jsonl")     # generate reads what this writes
 
 
 def test_sample_is_even_repeatable_and_depends_on_the_seed(tmp_path, monkeypatch, capsys):
@@ -466,7 +470,7 @@ def test_sample_is_even_repeatable_and_depends_on_the_seed(tmp_path, monkeypatch
 
 def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
     def refused(match, *argv):
-        with pytest.raises(data.UserError, match=match):
+        with pytest.raises(UserError, match=match):
             run(monkeypatch, "queries", "--n", 5, "--out", tmp_path / "q.jsonl", *argv)
 
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -522,7 +526,7 @@ def test_check_names_every_bad_line(tmp_path, monkeypatch, capsys):
     rows = [good, good, {**good, "query": "a", "task_traits": ["Low Openness"]},
             {**good, "query": "b", "social_traits": ["Kind"]}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "{oops\n")
-    with pytest.raises(data.UserError, match="4 bad lines"):
+    with pytest.raises(UserError, match="4 bad lines"):
         run(monkeypatch, "check", tmp_path / "d.jsonl")
     shown = capsys.readouterr().out
     for part in ("line 2: repeats", "line 3: both poles", "line 4: unknown trait 'Kind'", "line 5: ", "1 records"):
@@ -533,11 +537,11 @@ def test_queries_that_cannot_be_read(server, tmp_path, monkeypatch):
     for name, text, match in (("a.jsonl", '{"query": 3}\n', "line 1"), ("b.jsonl", "What now?\n", "line 1.*\\.txt"),
                               ("c.jsonl", "", "no queries")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(data.UserError, match=match):
+        with pytest.raises(UserError, match=match):
             run(monkeypatch, "generate", "--server", server.url, "--model", "m", "--queries", tmp_path / name,
                 "--out", tmp_path / "out.jsonl")
     for more, match in ((["--workers", 0], "--workers must"), (["--out", tmp_path / "no/out.jsonl"], "cannot be written")):
-        with pytest.raises(data.UserError, match=match):
+        with pytest.raises(UserError, match=match):
             generate(monkeypatch, server, tmp_path, *more)
 
 
