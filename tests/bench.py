@@ -30,7 +30,8 @@ from conftest import MINI  # noqa: E402
 from bench_generate import generate_throughput, server_throughput  # noqa: E402
 from data import TRAITS, load_records, split  # noqa: E402
 from lora import lora_layers, merge  # noqa: E402
-from personafuse import HERE, Config, generate, load_llama, pick_device, pick_dtype  # noqa: E402
+from personafuse import Config, generate, load_llama, pick_device, pick_dtype  # noqa: E402
+from plumbing import HERE  # noqa: E402
 from router import average_precision  # noqa: E402
 
 SMOLLM2_135M = MINI | dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -121,7 +122,7 @@ def decoding(folder, device, dtype, new=64, rounds=5):
     prompt = torch.randint(3, 49152, (32,)).tolist()
     as_tensor = torch.tensor([prompt], device=device)
     t_ours, t_theirs = in_turn(
-        rounds, lambda: list(generate(ours, [prompt], new, stop=())),
+        rounds, lambda: list(generate(ours, prompt, new, stop=())),
         lambda: theirs.generate(as_tensor, attention_mask=torch.ones_like(as_tensor), max_new_tokens=new, min_new_tokens=new,
                                 do_sample=False, pad_token_id=2))
     print(f"decoding {new} tokens with merged experts, {dtype}: {new / t_ours:.1f} tokens/s, {t_theirs / t_ours:.2f} times "
