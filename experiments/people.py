@@ -1,0 +1,350 @@
+"""People compare two models' answers, blind (section 7 of the paper).
+
+    python -m experiments.people sheet --run out/a --run out/b --queries texts.txt --out sheet.html
+    python -m experiments.people sheet --run out/a --route none --out sheet.html   against its base
+    python -m experiments.people tally sheet-Ada.json sheet-Bo.json --key sheet.key.json
+
+`sheet` writes a page to open in a browser or to pass on, and the key beside it: who wrote which
+answer, to be kept from whoever rates. `tally` reads what the page lets its raters download.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import random
+import re
+import secrets
+from pathlib import Path
+
+import numpy as np
+
+from data import load_records, split
+from experiments.statistics import bootstrap, print_table, shown
+from plumbing import UserError, atomic_write, read_json, read_lines, run_program, write_json
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+# what became of a pair: the first contestant won, the second won, or neither
+FIRST, SECOND, TIE = range(3)
+# what each of the three counts for the first: with a tie as half, no difference is 0.5
+WIN = np.array([1.0, 0.0, 0.5])
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    sheet = commands.add_parser("sheet", help="write the page for the raters, and its key")
+    add = sheet.add_argument
+    add("--run", action="append", required=True, metavar="DIR",
+        help="a folder that train.py wrote; given twice, the two are compared")
+    add("--route", choices=["none", "cot", "uniform", "random1", "random2", "random5"],
+        help="compare the one run with itself under another route; none is its bare base, cot the "
+             "base with the Persona-CoT prompt")
+    add("--queries", metavar="FILE",
+        help="a text file with one query a line (default: the held-out queries of the run's data)")
+    add("--n", type=int, default=50, help="pairs, of queries drawn at random")
+    add("--out", default="sheet.html", metavar="FILE")
+    add("--seed", type=int,
+        help="of the drawn queries, their order and the sides (default: another one each time, so "
+             "that nobody knows the sides from an earlier sheet; the key keeps it)")
+    add("--max-new-tokens", type=int, default=200)
+    add("--device", default="auto")
+    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+
+    tally = commands.add_parser("tally", help="win rates and agreement, once all have finished")
+    add = tally.add_argument
+    add("ratings", nargs="+", metavar="RATER.json", help="the files that the raters downloaded")
+    add("--key", metavar="FILE", help="the sheet's key (default: by its name, beside the ratings)")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------ answers
+
+def read_contestants(args):
+    """The two that are compared, as (run, route)."""
+    contestants = [(run, "learned") for run in args.run]
+    if args.route:
+        contestants.append((args.run[0], args.route))
+    if len(contestants) != 2:
+        raise UserError("two are compared: give --run twice, or --run once and --route")
+    return contestants
+
+
+def describe(run, route):
+    if route == "learned":
+        return run
+    return f"{run} --route {route}"
+
+
+def draw_queries(args, rng):
+    """n different queries of the file, or of the run's held-out records, in random order."""
+    if args.queries:
+        source = args.queries
+        queries = [line.strip() for _, line in read_lines(args.queries)]
+    else:
+        from personafuse import read_settings
+        source = read_settings(args.run[0])["data"]
+        _, held_out = split(load_records(source))
+        queries = [record["query"] for record in held_out]
+    # once each, in the file's order, so that the seed draws the same again
+    queries = list(dict.fromkeys(queries))
+    if not 1 <= args.n <= len(queries):
+        raise UserError(f"--n {args.n}: {source} has {len(queries)} different queries to draw from")
+    return rng.sample(queries, args.n)
+
+
+def write_answers(run, route, queries, seed, args):
+    """The answers of one contestant to all queries, greedy."""
+    from experiments.answers import ask_model
+    from personafuse import load_run, pick_device, pick_dtype
+    device = pick_device(args.device)
+    model, _ = load_run(run, device, pick_dtype(args.dtype, device))
+    routing = argparse.Namespace(route=route, top_k=None, seed=seed)
+    return ask_model(model, queries, routing, args.max_new_tokens)
+
+
+# -------------------------------------------------------------------------------------------- sheet
+
+def make_pairs(queries, answers, rng):
+    """Queries and the answers of either contestant -> pairs as the key keeps them:
+    {query, answers, swapped}, where swapped puts the second contestant's answer first on the page.
+
+    Nobody can tell two equal answers apart, so such a pair is left out.
+    """
+    pairs = []
+    for query, *both in zip(queries, *answers):
+        if both[0] != both[1]:
+            pairs.append({"query": query, "answers": both})
+    # each contestant comes first in half of them: who always takes the first gains nothing by it
+    sides = [k % 2 == 1 for k in range(len(pairs))]
+    rng.shuffle(sides)
+    for pair, swapped in zip(pairs, sides):
+        pair["swapped"] = swapped
+    return pairs
+
+
+def blind(pairs):
+    """What of the pairs a rater may see."""
+    visible = []
+    for pair in pairs:
+        answers = pair["answers"]
+        if pair["swapped"]:
+            answers = answers[::-1]
+        visible.append({"query": pair["query"], "answers": answers})
+    return visible
+
+
+def sheet_id(visible):
+    """A name for exactly these pairs, so that ratings never meet the key of another sheet."""
+    return hashlib.sha256(json.dumps(visible).encode()).hexdigest()[:16]
+
+
+def render_page(name, visible):
+    """The page, complete in itself, as a string. Its policy lets the browser run this script and
+    use this style, and neither fetch nor send anything.
+    """
+    page = TEMPLATE.read_text(encoding="utf-8")
+    policy = ["default-src 'none'", "base-uri 'none'", "form-action 'none'"]
+    for tag in ("script", "style"):
+        content = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        policy.append(f"{tag}-src 'sha256-{digest}'")
+    page = page.replace("CONTENT_POLICY", "; ".join(policy))
+
+    sheet = {"id": sheet_id(visible), "name": name, "pairs": visible}
+    # answers are a model's text, and may hold any tag: without a < none begins
+    data = json.dumps(sheet).replace("<", "\\u003c")
+    # last, so that nothing in an answer is taken for one of the template's marks
+    return page.replace("SHEET_DATA", data)
+
+
+def write_sheet(args):
+    contestants = read_contestants(args)
+    out = Path(args.out)
+    key_file = out.with_suffix(".key.json")
+    # before the models run, as they may run for long
+    if not out.parent.is_dir():
+        raise UserError(f"cannot write {out}: there is no folder {out.parent}")
+    if key_file.exists():
+        raise UserError(f"{key_file} is there already, and somebody's ratings may need it: "
+                        "give another --out, or remove it")
+    seed = secrets.randbelow(2 ** 32) if args.seed is None else args.seed
+    rng = random.Random(seed)
+    queries = draw_queries(args, rng)
+
+    answers = []
+    for run, route in contestants:
+        answers.append(write_answers(run, route, queries, seed, args))
+    pairs = make_pairs(queries, answers, rng)
+    if not pairs:
+        raise UserError("both gave the same answer to every query: there is nothing to compare")
+
+    visible = blind(pairs)
+    equal = len(queries) - len(pairs)
+    write_json(key_file, {
+        "sheet": sheet_id(visible),
+        "contestants": [describe(run, route) for run, route in contestants],
+        "seed": seed,
+        "equal": equal,
+        "pairs": pairs,
+    })
+    with atomic_write(out) as tmp:
+        tmp.write_text(render_page(out.stem, visible), encoding="utf-8")
+    print(f"{out}: {len(pairs)} pairs; open it in a browser, or pass it on")
+    print(f"{key_file}: who wrote which answer; not for raters")
+    if equal:
+        print(f"{equal} more had the same answer on both sides, and are left out")
+
+
+# -------------------------------------------------------------------------------------------- tally
+
+def read_ratings(path):
+    """A file that the page let its rater download, as a dict."""
+    content = read_json(path, f"there is no file {path}")
+    try:
+        rater, name, sheet = content["rater"], content["name"], content["sheet"]
+        ratings = [(rating["choice"], rating["why"].strip()) for rating in content["ratings"]]
+    except (KeyError, TypeError, AttributeError):
+        ratings = []
+    if not ratings:
+        raise UserError(f"{path} holds no ratings: give the files that the page lets its raters "
+                        "download")
+    return {"path": path, "rater": str(rater), "name": str(name), "sheet": sheet, "ratings": ratings}
+
+
+def read_key(path):
+    key = read_json(path, f"there is no key {path}: name the sheet's with --key")
+    if not isinstance(key, dict) or not {"sheet", "contestants", "pairs"} <= key.keys():
+        raise UserError(f"{path} is not the key of a sheet")
+    return key
+
+
+def check_complete(raters, key, key_file):
+    """UserError for ratings of another sheet, unfinished ones, and a rater who would count twice."""
+    paths = {}
+    for rater in raters:
+        path = rater["path"]
+        if rater["sheet"] != key["sheet"]:
+            raise UserError(f"{path} holds ratings of another sheet than that of {key_file}")
+        rated = [choice in (0, 1, 2) for choice, _ in rater["ratings"]]
+        n = len(key["pairs"])
+        if len(rated) != n or not all(rated):
+            raise UserError(f"{path} rates {sum(rated)} of {n} pairs: the key stays shut until all "
+                            "are rated")
+        name = rater["rater"]
+        if name in paths:
+            raise UserError(f"{paths[name]} and {path} are both by {name}: give one of them, or "
+                            "change a name")
+        paths[name] = path
+
+
+def outcomes(ratings, pairs):
+    """One rater's choices on the page and the key's pairs -> FIRST, SECOND or TIE each (n,)."""
+    result = []
+    for (choice, _), pair in zip(ratings, pairs):
+        if choice == 0:
+            result.append(TIE)
+        elif (choice == 2) == pair["swapped"]:
+            result.append(FIRST)
+        else:
+            result.append(SECOND)
+    return np.array(result)
+
+
+def count_votes(all_outcomes):
+    """Outcomes of all raters (raters, n) -> how many chose each (n, 3)."""
+    return np.stack([(all_outcomes == outcome).sum(axis=0) for outcome in (FIRST, SECOND, TIE)], 1)
+
+
+def majority(votes):
+    """Votes (n, 3) -> the outcome that most raters chose (n,), TIE where no single one has most."""
+    most = votes.max(axis=1, keepdims=True)
+    alone = (votes == most).sum(axis=1) == 1
+    return np.where(alone, votes.argmax(axis=1), TIE)
+
+
+def fleiss_kappa(votes):
+    """Agreement beyond chance: 1 is full, 0 what chance gives. Votes (n pairs, k outcomes), with
+    the same number of raters for each pair, at least two; nan where all chose one outcome.
+    """
+    raters = votes[0].sum()
+    # the share of pairs of raters who agree, pair by pair
+    agreement = ((votes ** 2).sum(axis=1) - raters) / (raters * (raters - 1))
+    # and what it would be if everybody drew from the same urn
+    chance = ((votes.sum(axis=0) / votes.sum()) ** 2).sum()
+    if chance == 1:
+        return float("nan")
+    return (agreement.mean() - chance) / (1 - chance)
+
+
+def summary(result):
+    """Outcomes (n,) -> the cells of a row: win rate with interval, pairs won, tied and lost."""
+    values = WIN[result]
+    win_rate = bootstrap(lambda indices: values[indices].mean(), len(values))
+    counts = [int((result == outcome).sum()) for outcome in (FIRST, TIE, SECOND)]
+    return [shown(win_rate), *counts]
+
+
+def print_tally(args):
+    raters = [read_ratings(path) for path in args.ratings]
+    # the key's name is taken from the ratings, its folder is not
+    beside = Path(raters[0]["path"]).parent / Path(raters[0]["name"] + ".key.json").name
+    key_file = args.key or beside
+    key = read_key(key_file)
+    check_complete(raters, key, key_file)
+
+    # from here on the key may be seen
+    pairs = key["pairs"]
+    first, second = key["contestants"]
+    print(f"{first} against {second}: {len(pairs)} pairs; a tie counts half\n")
+    rows = []
+    all_outcomes = []
+    for rater in raters:
+        result = outcomes(rater["ratings"], pairs)
+        all_outcomes.append(result)
+        choices = [choice for choice, _ in rater["ratings"]]
+        place = f"{choices.count(1)} of {len(choices) - choices.count(0)}"
+        rows.append([rater["rater"], *summary(result), place])
+    votes = count_votes(np.array(all_outcomes))
+    if len(raters) > 1:
+        rows.append(["majority", *summary(majority(votes)), ""])
+    print_table(["rater", f"win rate of {first}", "won", "tied", "lost", "chose answer 1"], rows)
+
+    if len(raters) > 1:
+        print(f"\nFleiss' kappa of {len(raters)} raters: {shown_kappa(votes)}")
+    if key.get("equal"):
+        print(f"\nnot shown: {key['equal']} more with the same answer on both sides")
+    print_reasons(raters, all_outcomes, pairs, [first, second, "neither"])
+
+
+def shown_kappa(votes):
+    if np.isnan(fleiss_kappa(votes)):
+        return "undefined, as all ratings are the same"
+    return shown(bootstrap(lambda indices: fleiss_kappa(votes[indices]), len(votes)))
+
+
+def print_reasons(raters, all_outcomes, pairs, names):
+    """What the raters wrote, and for whom."""
+    lines = []
+    for rater, result in zip(raters, all_outcomes):
+        for (_, why), pair, outcome in zip(rater["ratings"], pairs, result):
+            if why:
+                reason = " ".join(why.split())
+                query = " ".join(pair["query"].split())[:40]
+                lines.append(f"  {rater['rater']}, for {names[outcome]}: {reason} ({query!r}...)")
+    if lines:
+        print("\nwhy:", *lines, sep="\n")
+
+
+def main():
+    args = parse_arguments()
+    if args.command == "sheet":
+        write_sheet(args)
+    else:
+        print_tally(args)
+
+
+if __name__ == "__main__":
+    run_program(main)
