@@ -1,6 +1,22 @@
 """What every experiment shares: a figure with its interval, and a table to show it in."""
 
+from typing import NamedTuple
+
 import numpy as np
+
+
+class Scores(NamedTuple):
+    """What a model scored on the n questions of one benchmark."""
+    points: np.ndarray      # (n,)
+    weights: np.ndarray     # (n,), what each counts; 0 leaves a question out
+    chance: float | None    # what guessing scores, if that is known
+    unusable: int = 0       # answers that could not be used
+
+    def mean(self):
+        """[value, low, high], or None where no question counts."""
+        if not self.weights.sum():
+            return None
+        return bootstrap(lambda i: self.points[i].sum() / self.weights[i].sum(), len(self.points))
 
 
 def bootstrap(statistic, n, draws=1000):

@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from conftest import fails_in_one_line, program, train_arguments
 
-import evaluate
-from data import TRAITS, UserError, load_records, split
+from data import TRAITS, load_records, split
+from experiments import benchmarks, evaluate, judges
+from experiments.probe import softmax_regression
+from experiments.statistics import bootstrap, shown_difference
+from experiments.tasks import utils
 from lora import lora_layers
 from personafuse import load_run
+from plumbing import UserError
 from router import average_precision, keep_top, random_weights
-from tasks import harness, judged, utils
 
 CPU = torch.device("cpu")
 OPTIONS = Namespace(route="learned", top_k=None, seed=0, no_chat=False, limit=None, data=None, judge=None, judge_model=None)
@@ -28,8 +31,8 @@ def options(**changes):
 
 
 def evaluated(monkeypatch, capsys, *arguments):
-    """evaluate.py in this process, with --json -> what it printed, read."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--dtype", "fp32", "--json", *map(str, arguments)])
+    """experiments.evaluate in this process, with --json -> what it printed, read."""
+    monkeypatch.setattr(sys, "argv", ["experiments.evaluate", "--device", "cpu", "--dtype", "fp32", "--json", *map(str, arguments)])
     evaluate.main()
     return json.loads(capsys.readouterr().out)
 
@@ -46,10 +49,11 @@ def baseline(mini, small_data, tmp_path_factory):
 
 def test_bootstrap_intervals():
     zeros_and_ones = np.array([0.0, 1.0] * 50)
-    value, low, high = evaluate.bootstrap(lambda i: zeros_and_ones[i].mean(), 100)
+    value, low, high = bootstrap(lambda i: zeros_and_ones[i].mean(), 100)
     assert value == 0.5 and abs(low - (0.5 - 1.96 * 0.05)) < 0.02 and abs(high - (0.5 + 1.96 * 0.05)) < 0.02
-    assert evaluate.bootstrap(lambda i: np.full(9, 3.0)[i].mean(), 9) == [3, 3, 3]
-    assert evaluate.smaller([0.1, -0.2, 0.3]) and not evaluate.smaller([0.1, 0.05, 0.3]) and not evaluate.smaller(None)
+    assert bootstrap(lambda i: np.full(9, 3.0)[i].mean(), 9) == [3, 3, 3]
+    assert shown_difference([0.1, -0.2, 0.3]) == "0.10 [-0.20, 0.30] ="
+    assert shown_difference([0.1, 0.05, 0.3], 1) == "0.1 [0.1, 0.3]" and shown_difference(None) == ""
 
 
 def test_random_route_and_top_k():
@@ -76,11 +80,11 @@ def test_comparison_of_runs(run, baseline, small_data, monkeypatch, capsys):
     _, held = split(load_records(small_data))
     total, count, precision = 0.0, 0, []
     for r in held:
-        prompt = model.chat.prompt(r["query"])
+        prompt = model.tokenizer.encode_prompt(r["query"])
         if len(prompt) >= settings["max_length"]:
             continue
-        ids = (prompt + model.chat.answer(r["response"]))[:settings["max_length"]]
-        w = model.route([model.encoder_chat.query(r["query"])])
+        ids = (prompt + model.tokenizer.encode_answer(r["response"]))[:settings["max_length"]]
+        w = model.route([model.encoder_tokenizer.encode_query(r["query"])])
         precision.append(average_precision(w.numpy(), np.array([r["p"]]))[0])
         logits = model.base.logits(model.base(torch.tensor([ids]), w)[0, len(prompt) - 1:-1])
         total, count = total + F.cross_entropy(logits, torch.tensor(ids[len(prompt):]), reduction="sum").item(), \
@@ -94,7 +98,7 @@ def test_runs_of_different_bases_are_refused(run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "personafuse.json").write_text((run / "personafuse.json").read_text().replace('"base": "', '"base": "/other'))
-    assert fails_in_one_line(program("evaluate.py", "--run", run, "--run", other), other, "was made for the base")
+    assert fails_in_one_line(program("experiments.evaluate", "--run", run, "--run", other), other, "was made for the base")
 
 
 # -------------------------------------------------------------------------------------------------- the harness's model
@@ -118,19 +122,20 @@ def test_agrees_with_the_harness_own_hf_model(strong, mini, run, tmp_path, monke
     pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
 
+    from experiments.harness import PersonaFuseLM
     from lora import save_experts
     model, settings = strong
     (tmp_path / "run").mkdir()
     for file in run.glob("*.json"):
         (tmp_path / "run" / file.name).write_bytes(file.read_bytes())
     save_experts(model.base, TRAITS, tmp_path / "run", settings["base"])
-    result = program("lora.py", "--run", tmp_path / "run", "--traits", ", ".join(f"{t}=0.1" for t in TRAITS),
+    result = program("sample.py", "--run", tmp_path / "run", "--traits", ", ".join(f"{t}=0.1" for t in TRAITS),
                      "--export", tmp_path / "merged", "--dtype", "fp32")
     assert result.returncode == 0, result.stderr
     (tmp_path / "merged" / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}))
     theirs = HFLM(pretrained=str(tmp_path / "merged"), device="cpu", dtype="float32", batch_size=3)
-    ours = harness.harness_model(model, options(route="uniform", no_chat=True), {}, mini)
+    ours = PersonaFuseLM(model, options(route="uniform", no_chat=True), {}, mini)
 
     pairs = [("How do I calm down?", " Breathe slowly."), ("A: yes\nB: no\nAnswer: ", "B"), ("", "once upon a time"),
              ("word " * 600, " the end"), ("Is it", " so? I think it is, and so do you.")]
@@ -139,7 +144,7 @@ def test_agrees_with_the_harness_own_hf_model(strong, mini, run, tmp_path, monke
     a, b = ours.loglikelihood([Request(*p) for p in pairs]), theirs.loglikelihood([Request(*p) for p in pairs])
     assert [x for x, _ in a] == pytest.approx([x for x, _ in b], abs=2e-3)
     assert [bool(g) for _, g in a] == [bool(g) for _, g in b]
-    bare = harness.harness_model(model, options(route="none", no_chat=True), {}, mini).loglikelihood([Request(*pairs[0])])
+    bare = PersonaFuseLM(model, options(route="none", no_chat=True), {}, mini).loglikelihood([Request(*pairs[0])])
     assert abs(bare[0][0] - b[0][0]) > 0.05                         # the experts do count
     texts = [Request("All is well that ends well. " * 3), Request("word " * 700)]
     assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), rel=1e-4)
@@ -152,11 +157,12 @@ def test_agrees_with_the_harness_own_hf_model(strong, mini, run, tmp_path, monke
 
 def test_router_reads_the_question_without_the_worked_examples(strong, mini, monkeypatch):
     pytest.importorskip("lm_eval")
+    from experiments.harness import PersonaFuseLM
     model, _ = strong
     seen = []
     monkeypatch.setattr(type(model), "mixing_weights", lambda self, queries, *rest: seen.extend(queries))
     task = Namespace(doc_to_text=lambda doc: doc["question"])
-    lm = harness.harness_model(model, options(), {"made": task}, mini)
+    lm = PersonaFuseLM(model, options(), {"made": task}, mini)
     lm.loglikelihood([Request("an example\n\nWhy?", " So.", doc={"question": "Why?"})])
     lm.generate_until([Request("an example\n\nWhen?", {"until": [], "max_gen_toks": 2}, doc={"question": "When?"})])
     assert seen == ["Why?", "When?"]
@@ -266,8 +272,8 @@ def canned(answers):
 
 
 def scored(name, answers, files, monkeypatch):
-    monkeypatch.setattr(harness, "harness_model", lambda *_: canned(answers))
-    return harness.run_benchmark(name, harness.load_tasks([name], str(files))[name], None, options(), None)
+    monkeypatch.setattr("experiments.harness.PersonaFuseLM", lambda *_: canned(answers))
+    return benchmarks.run_benchmark(name, benchmarks.load_tasks([name], str(files))[name], None, options(), None)
 
 
 def test_given_answers_score_as_the_harness_scores_them(files, monkeypatch):
@@ -286,7 +292,7 @@ def test_given_answers_score_as_the_harness_scores_them(files, monkeypatch):
 
 def test_benchmark_errors_say_what_to_do(run, files, tmp_path, monkeypatch):
     def fails(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(run), *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["experiments.evaluate", "--run", str(run), *map(str, arguments)])
         with pytest.raises(UserError) as e:
             evaluate.main()
         return str(e.value)
@@ -303,7 +309,7 @@ def test_benchmark_errors_say_what_to_do(run, files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     (tmp_path / "shop_mmlu.json").write_text('{"input_field": "Good?", "target_field": "Yes"}\n' * 2)
     assert "pip install sentence-transformers" in fails("--tasks", "shop_mmlu", "--data", tmp_path, "--max-new-tokens", 2)
-    assert fails_in_one_line(program("evaluate.py", "--run", run, "--tasks", "emobanch"), "unknown task")
+    assert fails_in_one_line(program("experiments.evaluate", "--run", run, "--tasks", "emobanch"), "unknown task")
 
 
 # ---------------------------------------------------------------------------------------------------------- the judge
@@ -335,16 +341,16 @@ def judge():
 def test_pairs_are_judged_in_both_orders(judge):
     s = options(judge=judge.url, judge_model="judge")
     judge.verdict = lambda prompt, n: "First is better. [[A>B]]"                # whoever stands first: no preference at all
-    points, weights, unusable = judged.compare_pairs(s, ["q1", "q2"], ["ours", "ours"], ["theirs", "theirs"])
+    points, weights, unusable = judges.compare_pairs(s, ["q1", "q2"], ["ours", "ours"], ["theirs", "theirs"])
     assert points.tolist() == [1, 1] and weights.tolist() == [2, 2] and unusable == 0
     judge.verdict = lambda prompt, n: "[[A>>B]]" if prompt.index("good") < prompt.index("bad") else "[[B>A]]"
-    points, weights, _ = judged.compare_pairs(s, ["q3"], ["good"], ["bad"])
+    points, weights, _ = judges.compare_pairs(s, ["q3"], ["good"], ["bad"])
     assert points.tolist() == [4] and weights.tolist() == [4]                   # "much better" counts thrice
     judge.verdict = lambda prompt, n: "[[A=B]]" if n == 3 else "[[A>B]] or [[B>A]]?" if n == 2 else "no idea"
-    points, weights, unusable = judged.compare_pairs(s, ["q4"], ["x"], ["y"])   # asked again until it can be read
+    points, weights, unusable = judges.compare_pairs(s, ["q4"], ["x"], ["y"])   # asked again until it can be read
     assert points.tolist() == [1] and weights.tolist() == [2] and unusable == 0
     judge.verdict = lambda prompt, n: "nonsense"
-    assert judged.compare_pairs(s, ["q5"], ["x"], ["y"])[2] == 2 and max(judge.asked.values()) == 3
+    assert judges.compare_pairs(s, ["q5"], ["x"], ["y"])[2] == 2 and max(judge.asked.values()) == 3
 
 
 def test_counselling_is_rated_in_seven_dimensions(run, judge, tmp_path, monkeypatch, capsys):
@@ -353,13 +359,13 @@ def test_counselling_is_rated_in_seven_dimensions(run, judge, tmp_path, monkeypa
     def rate(prompt, n):
         if "help" in prompt.split("\n")[3]:
             return "as a whole quite good"
-        return "\n".join(f"**{d.title()}**: {8 if 'sad' in prompt else 5}" for d in [*judged.DIMENSIONS, "overall"])
+        return "\n".join(f"**{d.title()}**: {8 if 'sad' in prompt else 5}" for d in [*judges.DIMENSIONS, "overall"])
     judge.verdict = rate
     table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", "mentalchat", "--data", tmp_path, "--max-new-tokens", 3,
                       "--judge", judge.url, "--judge-model", "judge")
-    assert len(judged.DIMENSIONS) == 7 and len(table) == 8
+    assert len(judges.DIMENSIONS) == 7 and len(table) == 8
     assert all(cell[run.name]["score"][0] == 6.5 and cell[run.name]["unusable"] == 1 for cell in table.values())
-    assert judged.ratings("\n".join(f"{d}: 11" for d in [*judged.DIMENSIONS, "overall"])) is None
+    assert judges.ratings("\n".join(f"{d}: 11" for d in [*judges.DIMENSIONS, "overall"])) is None
 
 
 def test_arena_hard_and_pairwise(run, judge, tmp_path, monkeypatch, capsys):
@@ -382,7 +388,7 @@ def test_softmax_regression_against_its_optimum():
     y = torch.arange(300) % 3
     h = centres[y] + torch.randn(300, 3, generator=generator)
     nearest = torch.cdist(h[200:], centres).argmin(dim=1)                       # what no classifier can much improve on
-    assert (evaluate.softmax_regression(h[:200], y[:200], h[200:]) == nearest).float().mean() > 0.93
+    assert (softmax_regression(h[:200], y[:200], h[200:]) == nearest).float().mean() > 0.93
 
 
 def test_probe_reads_clinc150_and_csv(run, tmp_path, monkeypatch, capsys):
@@ -401,4 +407,4 @@ def test_probe_reads_clinc150_and_csv(run, tmp_path, monkeypatch, capsys):
     found = evaluated(monkeypatch, capsys, "--run", run, "--probe", tmp_path / "data_full.json")
     assert found["classes"] == 2 and found["train"] == found["test"] == 5      # one domain, and out-of-scope
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
-    assert fails_in_one_line(program("evaluate.py", "--run", run, "--probe", tmp_path / "bad.csv"), "text and label")
+    assert fails_in_one_line(program("experiments.evaluate", "--run", run, "--probe", tmp_path / "bad.csv"), "text and label")
