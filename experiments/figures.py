@@ -1,0 +1,264 @@
+"""Pictures of a trained run, written to docs/figures/.
+
+    python -m experiments.figures --run out/tiny
+
+    control.svg     how much better each expert is on each pole's records
+    map.svg         the queries' h and the ten e, on two axes
+    curves.svg      the losses of the three stages
+    bars.svg        the router's weights for six queries
+    steering.svg    the weight of one expert from 0 to 1
+
+All but the curves are of the held-out records. matplotlib is needed: pip install matplotlib
+"""
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import TRAITS
+from experiments.control import (DIAL, OPPOSITE, SHORT, activations, control_matrix, expert_losses,
+                                 held_out_examples, load_experts_run, measure_steering)
+from personafuse import pick_device, pick_dtype, read_settings
+from plumbing import HERE, UserError, atomic_write, read_lines, run_program
+
+# a colour for each trait; legible on white, and told apart by most who are colour-blind
+COLOURS = ["#0072b2", "#e69f00", "#cc79a7", "#009e73", "#d55e00"]
+GREY = "#b8b8b8"
+# how many last steps a curve's value is the mean of
+SMOOTHED = 5
+
+
+def import_pyplot():
+    """matplotlib, set up for small files that say the same every time."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the pictures need matplotlib: pip install matplotlib")
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({
+        "font.size": 9,
+        "font.family": "sans-serif",
+        # text stays text: small, and searchable
+        "svg.fonttype": "none",
+        # no random names in the file, so that equal pictures are equal bytes
+        "svg.hashsalt": "personafuse",
+        # a background of its own, for pages in a dark theme
+        "figure.facecolor": "white",
+        "savefig.facecolor": "white",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    })
+    from matplotlib import pyplot
+    return pyplot
+
+
+def save(figure, path):
+    with atomic_write(path) as tmp:
+        figure.savefig(tmp, format="svg", bbox_inches="tight", metadata={"Date": None})
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+# -------------------------------------------------------------------------------- the control matrix
+
+def draw_control(pyplot, matrix):
+    """matrix (10, 10) of `control_matrix`: experts in rows, poles in columns."""
+    figure, axes = pyplot.subplots(figsize=(6.6, 5.6))
+    limit = np.nanmax(np.abs(matrix))
+    mesh = axes.pcolormesh(matrix, cmap="RdBu", vmin=-limit, vmax=limit, edgecolors="white")
+    for i, row in enumerate(matrix):
+        for j, value in enumerate(row):
+            dark = abs(value) > 0.6 * limit
+            axes.text(j + 0.5, i + 0.5, f"{100 * value:+.0f}", ha="center", va="center",
+                      fontsize=8, color="white" if dark else "black",
+                      fontweight="bold" if i == j else "normal")
+    places = np.arange(len(TRAITS)) + 0.5
+    axes.set_xticks(places, SHORT)
+    axes.set_yticks(places, TRAITS)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.set_xlabel("records that call for this pole")
+    axes.set_ylabel("expert, alone")
+    axes.set_title("How much lower than the mean expert's is its loss?\n"
+                   "hundredths of a nat a token, held-out records", fontsize=10)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    figure.colorbar(mesh, shrink=0.8).ax.tick_params(labelsize=7)
+    return figure
+
+
+# ----------------------------------------------------------------------------------- the map of h, e
+
+def two_axes(h, e):
+    """Directions of h (n, d) and e (E, d) -> their places (n, 2), (E, 2) on the two axes along
+    which the ten e differ most.
+    """
+    h = F.normalize(h, dim=-1)
+    e = F.normalize(e, dim=-1)
+    centre = e.mean(dim=0)
+    _, _, axes = torch.linalg.svd(e - centre, full_matrices=False)      # (E, d), longest first
+    return (h - centre) @ axes[:2].T, (e - centre) @ axes[:2].T
+
+
+def draw_map(pyplot, h, e, p):
+    """h (n, 2), e (10, 2) and p (n, 10): a panel for each trait, all of one projection."""
+    figure, panels = pyplot.subplots(1, 5, figsize=(12, 2.9), sharex=True, sharey=True)
+    for trait, axes in enumerate(panels):
+        colour = COLOURS[trait]
+        high = p[:, 2 * trait] == 1
+        low = p[:, 2 * trait + 1] == 1
+        neither = ~(high | low)
+        axes.scatter(*h[neither].T, s=7, color=GREY, linewidths=0)
+        axes.scatter(*h[high].T, s=16, color=colour, linewidths=0, label="high")
+        axes.scatter(*h[low].T, s=14, facecolors="none", edgecolors=colour, label="low")
+        axes.scatter(*e.T, s=22, marker="*", color=GREY)
+        axes.scatter(*e[2 * trait].T, s=150, marker="*", color=colour, edgecolors="black")
+        axes.scatter(*e[2 * trait + 1].T, s=150, marker="*", color="white", edgecolors=colour,
+                     linewidths=1.5)
+        axes.set_title(TRAITS[2 * trait].split()[1], fontsize=10)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.legend(loc="lower left", fontsize=7, frameon=False, handletextpad=0.1)
+    figure.suptitle("Dots: held-out queries, h. Stars: the ten expert embeddings, e; large, those "
+                    "of the trait (filled: high).", fontsize=9, y=-0.01)
+    figure.tight_layout()
+    return figure
+
+
+# -------------------------------------------------------------------------------------- the curves
+
+def read_curves(path):
+    """A run's metrics.jsonl -> {stage: {name of a loss: values}}, steps only."""
+    curves = {}
+    for _, line in read_lines(path):
+        metrics = json.loads(line)
+        if "held_out" in metrics:
+            continue
+        stage = curves.setdefault(metrics["stage"], {})
+        for name in ("lm", "contrastive", "trait"):
+            if name in metrics:
+                stage.setdefault(name, []).append(metrics[name])
+    return curves
+
+
+def draw_curves(pyplot, curves):
+    titles = {1: "1: experts", 2: "2: router", 3: "3: joint"}
+    labels = {"lm": "L_lm, per token", "contrastive": "L_contrastive", "trait": "L_trait"}
+    colours = {"lm": COLOURS[0], "contrastive": COLOURS[4], "trait": COLOURS[3]}
+    figure, panels = pyplot.subplots(1, len(curves), figsize=(3.4 * len(curves), 2.7),
+                                     squeeze=False)
+    for axes, (stage, losses) in zip(panels[0], sorted(curves.items())):
+        for name, values in losses.items():
+            axes.plot(np.arange(1, len(values) + 1), values, color=colours[name], alpha=0.25)
+            smooth = np.convolve(values, np.ones(SMOOTHED) / SMOOTHED, mode="valid")
+            axes.plot(np.arange(SMOOTHED, len(values) + 1), smooth, color=colours[name],
+                      label=labels[name])
+        axes.set_title(f"stage {titles[stage]}", fontsize=10)
+        axes.set_xlabel("step")
+        axes.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+# ---------------------------------------------------------------------------------------- the bars
+
+def telling_queries(w, count=6):
+    """The queries with the largest weights, one for each of `count` experts -> their indices.
+
+    Whether the weight is right plays no part in the choice. w (n, 10), numpy.
+    """
+    chosen = []
+    experts = set()
+    for i in np.argsort(-w.max(axis=1)):
+        if w[i].argmax() not in experts:
+            experts.add(w[i].argmax())
+            chosen.append(i)
+    return chosen[:count]
+
+
+def draw_bars(pyplot, queries, w, p):
+    """Queries (6 strings), their weights (6, 10) and p (6, 10)."""
+    figure, panels = pyplot.subplots(2, 3, figsize=(11, 5.4), sharex=True, sharey=True)
+    places = np.arange(len(TRAITS))
+    for axes, query, weights, active in zip(panels.flat, queries, w, p):
+        colours = [COLOURS[i // 2] if active[i] else GREY for i in places]
+        axes.barh(places, weights, color=colours)
+        axes.axvline(1 / len(TRAITS), color="black", linewidth=0.6, linestyle=":")
+        lines = textwrap.wrap(query, 46)
+        if len(lines) > 3:
+            lines = [*lines[:2], lines[2] + " ..."]
+        # a dollar sign would begin a formula
+        axes.set_title("\n".join(lines).replace("$", r"\$"), fontsize=8, loc="left")
+        axes.set_yticks(places, TRAITS)
+        axes.tick_params(axis="y", length=0)
+    panels[0][0].invert_yaxis()
+    figure.suptitle("The router's weights. Coloured: the poles of the record; dotted: uniform "
+                    "weights.", fontsize=9, y=0.0)
+    figure.tight_layout()
+    return figure
+
+
+# ------------------------------------------------------------------------------------------ the dial
+
+def draw_steering(pyplot, curves):
+    """curves of `measure_steering`: a panel for each pole."""
+    figure, panels = pyplot.subplots(2, 5, figsize=(12, 4.6), sharex=True, sharey=True)
+    for i, (pole, steps) in enumerate(curves.items()):
+        axes = panels[i % 2][i // 2]
+        of_pole = [losses.mean() for losses in steps["pole"]]
+        of_opposite = [losses.mean() for losses in steps["opposite"]]
+        axes.plot(DIAL, of_pole, "o-", color=COLOURS[i // 2], label=pole, markersize=4)
+        axes.plot(DIAL, of_opposite, "o--", color=GREY, label=TRAITS[OPPOSITE[i]], markersize=4)
+        axes.set_title(f"expert: {pole}", fontsize=9)
+        axes.legend(title="records of", fontsize=6, title_fontsize=6, frameon=False)
+    for axes in panels[1]:
+        axes.set_xlabel("weight of the expert")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("loss per token")
+    figure.tight_layout()
+    return figure
+
+
+# --------------------------------------------------------------------------------------------- main
+
+def draw_all(args):
+    pyplot = import_pyplot()
+    device = pick_device(args.device, read_settings(args.run)["base"])
+    model, settings = load_experts_run(args.run, device, pick_dtype(args.dtype, device))
+    records, examples = held_out_examples(model, settings)
+    p = activations(records)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    save(draw_curves(pyplot, read_curves(Path(args.run) / "metrics.jsonl")), out / "curves.svg")
+    if model.router:
+        h = model.embed([example.query for example in examples])
+        places = two_axes(h, model.router.e)
+        save(draw_map(pyplot, *(xy.cpu().numpy() for xy in places), p), out / "map.svg")
+        w = model.router.weights(h).cpu().numpy()
+        chosen = telling_queries(w)
+        queries = [records[i]["query"] for i in chosen]
+        save(draw_bars(pyplot, queries, w[chosen], p[chosen]), out / "bars.svg")
+    matrix = control_matrix(expert_losses(model, examples), p)
+    save(draw_control(pyplot, matrix), out / "control.svg")
+    save(draw_steering(pyplot, measure_steering(model, examples, p)), out / "steering.svg")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run", required=True, metavar="DIR", help="a folder that train.py wrote")
+    add("--out", default=str(HERE / "docs" / "figures"), metavar="DIR",
+        help="where the pictures go (default: docs/figures)")
+    add("--device", default="auto")
+    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    draw_all(parser.parse_args())
+
+
+if __name__ == "__main__":
+    run_program(main)

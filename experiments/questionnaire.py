@@ -1,0 +1,119 @@
+"""A personality questionnaire: the 50-item IPIP Big-Five factor markers (ipip.ori.org, in the
+public domain), asked of the bare base and of each expert alone.
+
+    python -m experiments.evaluate --questionnaire --run out/tiny
+
+Each item is put as a statement about the model, and each of five answers, from "very inaccurate"
+to "very accurate", gets the probability that the model writes it. Nothing is generated.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import TRAITS, Example
+from experiments.control import load_experts_run
+from experiments.statistics import bootstrap, print_table, shown, shown_difference
+from lora import merge, unmerge
+from plumbing import HERE
+
+ITEMS = HERE / "experiments" / "ipip50.tsv"         # trait, key (+ or -), item
+BIG_FIVE = [pole.split()[1] for pole in TRAITS[::2]]
+QUESTION = """\
+How accurately does this statement describe you? Answer with one of: {answers}.
+"{statement}\""""
+# as the IPIP prints them; the first scores 1, the last 5
+ANSWERS = ["very inaccurate", "moderately inaccurate", "neither accurate nor inaccurate",
+           "moderately accurate", "very accurate"]
+
+
+def read_items(path=ITEMS):
+    """The questionnaire -> a list of (trait, key, statement)."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [(row["trait"], row["key"], statement(row["item"])) for row in rows]
+
+
+def statement(item):
+    """"Don't talk a lot." -> "I don't talk a lot."."""
+    return f"I {item[0].lower()}{item[1:]}"
+
+
+def score(log_probabilities, key):
+    """Log-probabilities of the five answers (n, 5) -> scores (n,) between 1 and 5.
+
+    The mean of 1 to 5 under the probabilities, made to sum to 1 over the five; a key of - turns it
+    round, since agreement then speaks against the trait.
+    """
+    top = log_probabilities.max(axis=1, keepdims=True)
+    probabilities = np.exp(log_probabilities - top)
+    probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
+    value = probabilities @ np.arange(1, 6)
+    return np.where(np.asarray(key) == "-", 6 - value, value)
+
+
+def ask(model, items):
+    """The items to the model as it stands -> scores (50,)."""
+    answers = ", ".join(ANSWERS)
+    examples = []
+    for _, _, text in items:
+        prompt = model.tokenizer.encode_prompt(QUESTION.format(answers=answers, statement=text))
+        for answer in ANSWERS:
+            # to its end token, so that no answer is the beginning of another
+            examples.append(Example(prompt, model.tokenizer.encode_answer(answer), [], ()))
+    nll, _, _ = model.response_nll(examples, rows=25)
+    log_probabilities = -nll.double().cpu().numpy().reshape(len(items), len(ANSWERS))
+    return score(log_probabilities, [key for _, key, _ in items])
+
+
+def ask_everyone(model, items):
+    """-> {"bare base": scores (50,), "high openness": ..., ...}, each expert alone at weight 1."""
+    scores = {"bare base": ask(model, items)}
+    for pole, one_hot in zip(TRAITS, torch.eye(model.experts, device=model.device)):
+        originals = merge(model.base, one_hot)
+        scores[pole] = ask(model, items)
+        unmerge(model.base, originals)
+    return scores
+
+
+def summarise(scores, items):
+    """Scores by item -> means by trait for each who was asked, and high minus low for each trait.
+
+    The intervals of the differences are over the ten items of the trait.
+    """
+    traits = np.array([trait for trait, _, _ in items])
+    means = {}
+    for name, values in scores.items():
+        means[name] = {trait: round(float(values[traits == trait].mean()), 4) for trait in BIG_FIVE}
+    differences = {}
+    for trait in BIG_FIVE:
+        change = (scores[f"high {trait}"] - scores[f"low {trait}"])[traits == trait]
+        differences[trait] = bootstrap(lambda i: change[i].mean(), len(change))
+    return {"scores": means, "high_minus_low": differences}
+
+
+def questionnaire(args, device, dtype):
+    """--questionnaire: each run's trait scores, expert by expert."""
+    items = read_items()
+    results = {}
+    for run in args.run:
+        model, _ = load_experts_run(run, device, dtype)
+        results[run] = summarise(ask_everyone(model, items), items)
+    if args.json:
+        print(json.dumps(results, indent=1))
+        return
+    print("The 50 items of the IPIP Big-Five factor markers, ten a trait, scored from 1 to 5 by the\n"
+          "probabilities of five answers. In brackets 95% intervals, by bootstrap over a trait's\n"
+          "items; = marks a difference smaller than its interval.")
+    for run, result in results.items():
+        print(f"\n{run}")
+        print_table(["", *BIG_FIVE],
+                    [[name, *(f"{value:.2f}" for value in means.values())]
+                     for name, means in result["scores"].items()])
+        print()
+        print_table(["", "its high expert minus its low one"],
+                    [[trait, shown_difference(interval)]
+                     for trait, interval in result["high_minus_low"].items()])

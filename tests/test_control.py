@@ -1,0 +1,137 @@
+"""Control: accuracy, rank and matrix by hand, merged losses against mixed ones, the shuffled floor."""
+
+import json
+from argparse import Namespace
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import fails_in_one_line, program, train_arguments
+from data import TRAITS, held_out, load_records
+from experiments import control
+from lora import lora_layers
+from personafuse import load_run
+from plumbing import run_program
+
+CPU = torch.device("cpu")
+
+
+def arguments(*runs, **changes):
+    return Namespace(run=[str(run) for run in runs], json=True, seed=0, **changes)
+
+
+# two records, by hand: the first has high openness and low neuroticism, the second low openness
+LOSSES = np.array([[1.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 3.0, 4.0],
+                   [2.0, 2.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0]])
+P = np.array([[1, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+              [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]])
+
+
+def test_the_expert_of_an_active_pole_wins_ties_or_loses():
+    wins = control.pole_wins(LOSSES, P)
+    assert wins[0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]       # 1.0 < 2.0, but 4.0 > 3.0
+    assert wins[1].tolist() == [0, 0.5, 0, 0, 0, 0, 0, 0, 0, 0]     # 2.0 = 2.0
+
+
+def test_ranks_count_lower_losses_and_share_places():
+    ranks = control.expert_ranks(LOSSES)
+    assert ranks[0].tolist() == [1, 2, 7.5, 7.5, 7.5, 7.5, 7.5, 7.5, 3, 4]
+    assert ranks[1].tolist() == [1.5, 1.5, *[6.5] * 8]
+
+
+def test_accuracy_and_rank_of_the_hand_made_case():
+    result = control.measure_control(LOSSES, P)
+    assert result["pairs"] == 3
+    assert result["accuracy"][0] == 50                              # (1 + 0 + 1/2) / 3
+    assert result["rank"][0] == pytest.approx((1 + 4 + 1.5) / 3, abs=1e-4)
+    assert result["by_pole"]["high openness"]["accuracy"] == [100, 100, 100]
+    assert result["by_pole"]["low openness"]["accuracy"][0] == 50
+    assert result["by_pole"]["low neuroticism"]["rank"][0] == 4
+    assert result["by_pole"]["low neuroticism"]["records"] == 1
+
+
+def test_the_matrix_compares_with_the_mean_expert():
+    matrix = control.control_matrix(LOSSES, P)
+    assert matrix[0, 0] == pytest.approx(4.0 - 1.0)                 # the first record's mean is 4.0
+    assert matrix[9, 9] == pytest.approx(0) and matrix[1, 1] == pytest.approx(7.6 - 2.0)
+    assert np.isnan(matrix[:, 2]).all()                             # nobody calls for it
+    seen = matrix[:, [0, 1, 9]]
+    assert seen.sum(axis=0) == pytest.approx(0)                     # the mean expert is no better
+
+
+def test_the_dial_shares_what_is_left():
+    assert control.dial_weights(3, 0.4, 10)[3] == pytest.approx(0.4)
+    assert control.dial_weights(3, 0.4, 10)[0] == pytest.approx(0.6 / 9)
+    assert control.dial_weights(2, 1.0, 10).tolist() == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_gain_of_a_turn_is_what_the_pole_gains_over_its_opposite():
+    steps = {"pole": [np.array([3.0, 5.0]), np.array([2.0, 5.0]), np.array([1.0, 4.0])],
+             "opposite": [np.array([4.0]), np.array([4.5]), np.array([4.5])]}
+    result = control.summarise_steering(steps)
+    assert result["pole"] == [4, 3.5, 2.5] and result["opposite"] == [4, 4.5, 4.5]
+    assert result["gain"][0] == pytest.approx(1.5 + 0.5) and result["rising"] == 2
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    """The run with experts that change a lot, so that a wrong mix shows."""
+    model, settings = load_run(run, CPU, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    for _, layer in lora_layers(model.base):
+        layer.B.copy_(0.05 * torch.randn(layer.B.shape, generator=generator))
+    return model, settings
+
+
+def test_losses_of_merged_experts_are_those_of_mixed_ones(model):
+    model, settings = model
+    records, examples = control.held_out_examples(model, settings)
+    assert len(records) == len(examples) > 3 and all(held_out(r["query"]) for r in records)
+    losses = control.expert_losses(model, examples)
+    assert losses.shape == (len(examples), 10) and losses.std(axis=1).min() > 1e-3
+    for i in (0, 7):
+        w = torch.zeros(len(examples), 10)
+        w[:, i] = 1
+        nll, counts, _ = model.response_nll(examples, w)
+        assert losses[:, i] == pytest.approx((nll / counts).numpy(), abs=1e-4)
+
+
+def test_control_and_steering_of_a_run(run, capsys):
+    control.control(arguments(run), CPU, torch.float32)
+    result = json.loads(capsys.readouterr().out)[str(run)]
+    assert result["records"] > 3 and 0 <= result["accuracy"][0] <= 100 and 1 <= result["rank"][0] <= 10
+    assert set(result["by_pole"]) == set(TRAITS) and np.shape(result["matrix"]) == (10, 10)
+
+    control.steering(arguments(run), CPU, torch.float32)
+    result = json.loads(capsys.readouterr().out)
+    curves = result["runs"][str(run)]
+    # with nothing of one expert left over, all poles end where their expert stands alone
+    assert set(curves) == set(TRAITS) and all(len(c["pole"]) == len(result["dial"]) for c in curves.values())
+
+
+def test_a_baseline_has_no_experts_to_compare(mini, small_data, tmp_path, capsys):
+    result = program(*train_arguments(mini, small_data, tmp_path / "one", "--variant", "direct"))
+    assert result.returncode == 0, result.stderr
+    with pytest.raises(SystemExit) as stopped:
+        run_program(lambda: control.control(arguments(tmp_path / "one"), CPU, torch.float32))
+    assert stopped.value.code == 2
+    assert "not one for each of the 10 poles" in capsys.readouterr().err
+
+
+def test_shuffled_labels(small_data, tmp_path):
+    out = tmp_path / "out" / "shuffled.jsonl"
+    assert program("experiments.shuffle", "--data", small_data, "--out", out).returncode == 0
+    before = load_records(small_data)
+    after = load_records(out)
+    assert [r["query"] for r in after] == [r["query"] for r in before]
+    moved = 0
+    for old, new in zip(before, after):
+        assert new["response"] == old["response"]
+        if held_out(old["query"]):
+            assert new == old
+        moved += new["p"] != old["p"]
+    assert moved > len(before) / 2
+    assert Counter(r["p"] for r in after) == Counter(r["p"] for r in before)
+    assert fails_in_one_line(program("experiments.shuffle", "--data", tmp_path / "none.jsonl", "--out", out), "none.jsonl")

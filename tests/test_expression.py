@@ -1,0 +1,155 @@
+"""The reader on hand-made texts, its equations, and the tables of expression and routing."""
+
+import json
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import program, train_arguments
+from data import held_out, load_records
+from experiments import expression, routing
+from router import average_precision
+
+CPU = torch.device("cpu")
+
+
+def arguments(*runs, **changes):
+    settings = dict(run=[str(run) for run in runs], json=True, seed=0, top_k=None, temperature=0.7, top_p=0.9,
+                    max_new_tokens=8)
+    return Namespace(**settings | changes)
+
+
+def test_words_pairs_and_punctuation():
+    assert expression.words_and_pairs("No! I can't.") == ["no", "!", "i", "can't", ".", "no !", "! i", "i can't", "can't ."]
+    assert "\n" in expression.words_and_pairs("1.\n2.")
+
+
+def test_features_by_hand():
+    x = expression.features(["b a b", "c", ""], {"a": 0, "b": 1, "b a": 2})
+    counts = torch.tensor([1.0, 2.0, 1.0]).log1p()
+    assert torch.allclose(x[0], counts / counts.norm())
+    assert not x[1:].any()                                  # nothing known, nothing divided by zero
+
+
+def test_the_vocabulary_leaves_out_rare_words():
+    texts = ["one two"] * expression.MIN_TEXTS + ["three three three three three"]
+    assert set(expression.make_vocabulary(texts)) == {"one", "two", "one two"}
+
+
+def test_the_fit_is_at_the_minimum():
+    """There, by hand: x' (sigmoid(x W + b) - p) + 2 · penalty · W = 0, and Σ (sigmoid - p) = 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 4, generator=generator)
+    p = (torch.rand(60, 3, generator=generator) < 0.4).float()
+    W, b = expression.fit_logistic(x, p, 0.5)
+    error = torch.sigmoid(x @ W + b) - p
+    assert (x.T @ error + 2 * 0.5 * W).abs().max() < 1e-2
+    assert error.sum(dim=0).abs().max() < 1e-2 and W.abs().max() > 0.05
+
+
+VOICES = ["Wow! Let's go!", "Check the list. Then check it again.", "I worry: what if it breaks?"]
+
+
+def hand_made(n):
+    """Texts in three voices, some in two of them at once, and the p that says which."""
+    rng = np.random.default_rng(0)
+    texts, p = [], []
+    for _ in range(n):
+        row = np.zeros(10, int)
+        row[[0, 2, 8]] = rng.random(3) < 0.4
+        if not row.any():
+            row[0] = 1
+        voices = [voice for voice, active in zip(VOICES, row[[0, 2, 8]]) if active]
+        noise = " ".join(rng.choice(["tea", "rain", "bus", "map", "sun"], size=6))
+        texts.append(" ".join([noise, *voices]))
+        p.append(row)
+    return texts, np.array(p)
+
+
+def test_a_reader_reads_what_it_has_learned():
+    texts, p = hand_made(200)
+    reader = expression.train_reader(texts[:150], p[:150], 0.03)
+    assert average_precision(reader.scores(texts[150:]), p[150:]).mean() == 1
+    scores = reader.scores(["Wow! Let's go!", "what if it breaks?", ""])
+    assert scores[0].argmax() == 0 and scores[1].argmax() == 8
+    assert scores[2] == pytest.approx(reader.b.numpy(), abs=1e-6)         # nothing read
+
+
+def test_the_penalty_is_chosen_by_cross_validation():
+    texts, p = hand_made(90)
+    best, precision = expression.choose_penalty(texts, p)
+    assert set(precision) == set(expression.PENALTIES) and precision[best] == max(precision.values()) > 0.9
+
+
+@pytest.fixture(scope="module")
+def one_lora(mini, small_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "one"
+    result = program(*train_arguments(mini, small_data, out, "--variant", "cot-finetuned"))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_expression_of_runs(run, one_lora, small_data, capsys):
+    expression.expression(arguments(run, one_lora), CPU, torch.float32)
+    table = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in table["rows"]}
+    records = load_records(small_data)
+    held = [record for record in records if held_out(record["query"])]
+    training = [record for record in records if not held_out(record["query"])]
+    assert table["records"] == len(held)
+    mixed = [f"{run.name}{how}" for how in ("", ", uniform", ", random1", ", random2", ", oracle")]
+    assert {"the records' responses", "bare base", "Persona-CoT prompting", *mixed, "one"} <= set(rows)
+    assert "difference" not in rows["one"]
+    assert rows[run.name]["difference"][0] == pytest.approx(rows[run.name]["map"][0] - rows["one"]["map"][0], abs=2e-4)
+    # what knows nothing of the answer ranks by how common the traits are
+    prior = np.mean([record["p"] for record in training], axis=0)
+    p = np.array([record["p"] for record in held])
+    expected = average_precision(np.tile(prior, (len(p), 1)), p).mean()
+    assert rows["always the commonest traits"]["map"][0] == pytest.approx(expected, abs=1e-4)
+    # answers are drawn by the seed
+    answers = table["answers"]
+    assert len(answers["bare base"]) == len(held) and answers["bare base"] != answers[f"{run.name}, oracle"]
+    expression.expression(arguments(run, one_lora), CPU, torch.float32)
+    assert json.loads(capsys.readouterr().out)["answers"] == answers
+
+
+# ---------------------------------------------------------------------------------------------------------- routing
+
+def test_a_perfect_ranking_is_as_sharp_as_what_it_deals_out():
+    w = np.array([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    p = np.array([[0, 1, 0, 1], [0, 0, 0, 1]])
+    dealt = routing.perfect_ranking(w, p)
+    assert dealt.tolist() == [[0.15, 0.5, 0.1, 0.25], [0.1, 0.2, 0.3, 0.4]]
+    assert average_precision(dealt, p).mean() == 1
+
+
+def test_equal_weights_rank_by_chance():
+    p = np.zeros((4000, 10), int)
+    p[:, 0] = 1
+    # the mean of 1/rank over ten places; taking the columns in order would give 1
+    expected = (1 / np.arange(1, 11)).mean()
+    assert routing.ranking_precision(np.ones(p.shape), p).mean() == pytest.approx(expected, abs=0.02)
+    assert routing.ranking_precision(p.astype(float), p).mean() == 1
+
+
+def test_share_of_the_way():
+    bare, oracle = np.full(5, 0.4), np.full(5, 0.8)
+    assert routing.covered(np.full(5, 0.5), bare, oracle) == [25, 25, 25]
+    assert routing.covered(np.full(5, 0.3), bare, oracle)[0] == -25
+    # the loss falls on the way
+    assert routing.covered(np.full(5, 5.0), np.full(5, 6.0), np.full(5, 4.0))[0] == 50
+
+
+def test_routing_of_a_run(run, capsys):
+    routing.routing(arguments(run, max_new_tokens=4), CPU, torch.float32)
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)[str(run)]}
+    assert rows["bare base"]["loss_share"][0] == 0 and rows["oracle"]["loss_share"][0] == 100
+    assert rows["oracle"]["map"] == [1, 1, 1]
+    curve = [rows[f"tau {tau}"] for tau in routing.TAUS]
+    largest = [row["largest"] for row in curve]
+    assert largest == sorted(largest, reverse=True) and all("ranked" in row for row in curve)
+    # a temperature changes no order
+    assert len({tuple(row["map"]) for row in curve}) == 1
+    assert rows["tau 1.0, top 1"]["largest"] == 1
