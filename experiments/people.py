@@ -204,14 +204,20 @@ def read_ratings(path):
     """A file that the page let its rater download, as a dict."""
     content = read_json(path, f"there is no file {path}")
     try:
-        rater, name, sheet = content["rater"], content["name"], content["sheet"]
-        ratings = [(rating["choice"], rating["why"].strip()) for rating in content["ratings"]]
-    except (KeyError, TypeError, AttributeError):
+        ratings = [(rating["choice"], str(rating["why"])) for rating in content["ratings"]]
+        rater = {
+            "path": path,
+            "rater": str(content["rater"]),
+            "name": str(content["name"]),
+            "sheet": content["sheet"],
+            "ratings": ratings,
+        }
+    except (KeyError, TypeError):
         ratings = []
     if not ratings:
         raise UserError(f"{path} holds no ratings: give the files that the page lets its raters "
                         "download")
-    return {"path": path, "rater": str(rater), "name": str(name), "sheet": sheet, "ratings": ratings}
+    return rater
 
 
 def read_key(path):
@@ -222,7 +228,7 @@ def read_key(path):
 
 
 def check_complete(raters, key, key_file):
-    """UserError for ratings of another sheet, unfinished ones, and a rater who would count twice."""
+    """UserError for ratings of another sheet, for unfinished ones, and for a rater given twice."""
     paths = {}
     for rater in raters:
         path = rater["path"]
@@ -330,8 +336,8 @@ def print_reasons(raters, all_outcomes, pairs, names):
     lines = []
     for rater, result in zip(raters, all_outcomes):
         for (_, why), pair, outcome in zip(rater["ratings"], pairs, result):
-            if why:
-                reason = " ".join(why.split())
+            reason = " ".join(why.split())
+            if reason:
                 query = " ".join(pair["query"].split())[:40]
                 lines.append(f"  {rater['rater']}, for {names[outcome]}: {reason} ({query!r}...)")
     if lines:

@@ -4,9 +4,12 @@ import argparse
 import http.server
 import json
 import random
+import re
 import shutil
 import subprocess
 import threading
+import time
+import urllib.error
 import urllib.request
 
 import numpy as np
@@ -95,12 +98,14 @@ def test_the_page_depends_on_what_a_rater_sees_and_on_nothing_else():
     other = []
     for pair in pairs:
         other.append({**pair, "answers": pair["answers"][::-1], "swapped": not pair["swapped"]})
-    assert people.render_page("s", people.blind(pairs)) == people.render_page("s", people.blind(other))
+    page = people.render_page("sheet", people.blind(pairs))
+    assert page == people.render_page("sheet", people.blind(other))
 
 
 def test_a_sheet_from_a_run(run, tmp_path):
     queries = tmp_path / "queries.txt"
-    queries.write_text("".join(f"What about the {k}th day?\n\n" for k in range(9)) + "again\nagain\n")
+    days = [f"What about the {k}th day?\n\n" for k in range(9)]
+    queries.write_text("".join(days) + "again\nagain\n")
     out = tmp_path / "page.html"
     arguments = ["experiments.people", "sheet", "--run", run, "--queries", queries, "--n", 5,
                  "--seed", 3, "--max-new-tokens", 40, "--dtype", "fp32"]
@@ -126,7 +131,8 @@ def test_a_sheet_from_a_run(run, tmp_path):
     new = ["--out", tmp_path / "new.html"]
     assert fails_in_one_line(program(*arguments, *new), "--run twice")
     assert fails_in_one_line(program(*arguments, *new, "--run", run), "the same answer")
-    assert fails_in_one_line(program(*arguments, *new, "--route", "none", "--n", 11), "--n 11", "10")
+    too_many = program(*arguments, *new, "--route", "none", "--n", 11)
+    assert fails_in_one_line(too_many, "--n 11", "10 different queries")
     nowhere = ["--route", "none", "--out", tmp_path / "nowhere" / "new.html"]
     assert fails_in_one_line(program(*arguments, *nowhere), "there is no folder")
     assert not (tmp_path / "new.html").exists()
@@ -265,11 +271,15 @@ class Browser:
             "Escape": "\ue00c", "Tab": "\ue004"}
 
     def __init__(self, chromium, driver, downloads):
+        self.downloads = downloads
         self.process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
-        for line in self.process.stdout:
-            if "successfully on port" in line:
-                break
-        self.url = f"http://127.0.0.1:{line.split('on port')[1].strip(' .' + chr(10))}/session"
+        # it takes a free port, and says which
+        port = None
+        while port is None:
+            line = self.process.stdout.readline()
+            assert line, "chromedriver did not start"
+            port = re.search(r"successfully on port (\d+)", line)
+        self.url = f"http://127.0.0.1:{port[1]}/session"
         options = {
             "binary": chromium,
             "args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -283,19 +293,17 @@ class Browser:
     def post(self, command, **body):
         request = urllib.request.Request(self.url + command, json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.load(reply)["value"]
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return json.load(reply)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode())
 
     def open(self, path):
         self.post("/url", url=path.as_uri())
 
     def run(self, script):
         return self.post("/execute/sync", script=script, args=[])
-
-    def run_async(self, script):
-        """As `run`, for a script that says when it is done: done(value)."""
-        script = "const done = arguments[0];" + script
-        return self.post("/execute/async", script=script, args=[])
 
     def text(self, selector):
         return self.run(f"return document.querySelector('{selector}').textContent")
@@ -305,18 +313,23 @@ class Browser:
         actions = []
         for key in keys:
             for letter in [self.KEYS[key]] if key in self.KEYS else key:
-                actions += [{"type": "keyDown", "value": letter}, {"type": "keyUp", "value": letter}]
+                actions.append({"type": "keyDown", "value": letter})
+                actions.append({"type": "keyUp", "value": letter})
         self.post("/actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
 
+    def find(self, selector):
+        return self.post("/element", using="css selector", value=selector)
+
     def click(self, selector):
-        element = self.post("/element", using="css selector", value=selector)
-        self.post(f"/element/{next(iter(element.values()))}/click")
+        identifier, = self.find(selector).values()
+        self.post(f"/element/{identifier}/click")
 
     def answer_dialog(self):
         self.post("/alert/accept")
 
     def close(self):
-        urllib.request.urlopen(urllib.request.Request(self.url, method="DELETE"), timeout=60).close()
+        end = urllib.request.Request(self.url, method="DELETE")
+        urllib.request.urlopen(end, timeout=60).close()
         self.process.terminate()
         self.process.wait()
         self.process.stdout.close()
@@ -328,9 +341,7 @@ def browser(tmp_path_factory):
     driver = shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("needs chromium and chromedriver (apt-get install chromium chromium-driver)")
-    downloads = tmp_path_factory.mktemp("downloads")
-    browser = Browser(chromium, driver, downloads)
-    browser.downloads = downloads
+    browser = Browser(chromium, driver, tmp_path_factory.mktemp("downloads"))
     yield browser
     browser.close()
 
@@ -355,13 +366,15 @@ def stored(browser):
     return [json.loads(text) for text in browser.run("return Object.values(localStorage)")]
 
 
-def downloaded(browser, name):
-    """A file's content, once the browser has it whole."""
-    path = browser.downloads / name
-    # the browser gives a download its name when it is whole
-    browser.run_async("setTimeout(done, 500)")
-    assert path.exists(), [file.name for file in browser.downloads.iterdir()]
-    return path
+def wait_for(browser, look, count):
+    """What `look` finds, once it finds `count` things; after ten seconds whatever is there."""
+    deadline = time.monotonic() + 10
+    found = look()
+    while len(found) < count and time.monotonic() < deadline:
+        # a round trip to the browser, which so gets on with it
+        browser.run("return 0")
+        found = look()
+    return found
 
 
 def test_a_sheet_by_keys_alone(browser, page):
@@ -384,11 +397,17 @@ def test_a_sheet_by_keys_alone(browser, page):
     assert browser.run("return document.getElementById('done').hidden") is False
 
     browser.click("#download")
-    path = downloaded(browser, "sheet-Ada-B-.json")
+    # the browser gives a download its name when it is whole
+    path, = wait_for(browser, lambda: list(browser.downloads.glob("sheet-*.json")), 1)
+    assert path.name == "sheet-Ada-B-.json"
     content = json.loads(path.read_text())
     assert content["rater"] == "Ada B."
-    assert content["ratings"] == [{"choice": 1, "why": ""}, {"choice": 1, "why": ""},
-                                  {"choice": 0, "why": "both 1 and 2"}, {"choice": 1, "why": "kind"}]
+    assert content["ratings"] == [
+        {"choice": 1, "why": ""},
+        {"choice": 1, "why": ""},
+        {"choice": 0, "why": "both 1 and 2"},
+        {"choice": 1, "why": "kind"},
+    ]
     # what the page wrote is what the tally reads: in every pair but one, the first answer
     result = tally(path, "--key", page.with_name("sheet.key.json"))
     assert result.returncode == 0, result.stderr
@@ -470,51 +489,56 @@ def test_answers_are_text_whatever_they_hold(browser, tmp_path):
 
 
 def test_without_storage_the_page_works_and_says_so(browser, tmp_path):
-    page, _ = make_sheet(tmp_path)
-    html = page.read_text()
+    make_sheet(tmp_path)
     # a page in a sandboxed frame has no storage
     frame = tmp_path / "frame.html"
-    frame.write_text("<iframe sandbox='allow-scripts' src='sheet.html' width=800 height=600></iframe>")
+    frame.write_text("<iframe sandbox='allow-scripts' src='sheet.html' height=600></iframe>")
     browser.open(frame)
-    frame_element = browser.post("/element", using="css selector", value="iframe")
-    browser.post("/frame", id=frame_element)
+    browser.post("/frame", id=browser.find("iframe"))
     assert browser.run("return document.getElementById('unsaved').hidden") is False
     begin(browser)
     browser.press("1", "Enter")
     assert browser.text("#count") == "Pair 2 of 4"
     browser.post("/frame", id=None)
-    assert "localStorage" in html
 
 
-SEND = """
+WAYS_OUT = {"image", "script", "frame", "form", "beacon", "fetch", "socket"}
+TRY_THEM_ALL = """
+window.violations = [];
+document.addEventListener("securitypolicyviolation", (event) => {
+  // of a frame only the server is told
+  const isFrame = event.effectiveDirective === "frame-src";
+  const way = isFrame ? "frame" : event.blockedURI.split("/").pop();
+  // some are reported twice
+  if (!violations.includes(way)) {
+    violations.push(way);
+  }
+});
 const url = "http://127.0.0.1:PORT/";
-const image = new Image();
-image.src = url + "image";
-document.body.append(image);
-const script = document.createElement("script");
-script.src = url + "script";
-document.body.append(script);
-const frame = document.createElement("iframe");
-frame.src = url + "frame";
-document.body.append(frame);
-const form = document.createElement("form");
-form.action = url + "form";
-form.target = "nowhere";
-document.body.append(form);
+function add(tag, properties) {
+  const element = Object.assign(document.createElement(tag), properties);
+  document.body.append(element);
+  return element;
+}
+add("img", { src: url + "image" });
+add("script", { src: url + "script" });
+add("iframe", { src: url + "frame" });
+add("iframe", { name: "target" });
+add("form", { action: url + "form", method: "post", target: "target" }).submit();
 navigator.sendBeacon(url + "beacon");
 fetch(url + "fetch").catch(() => null);
 try { new WebSocket(url.replace("http", "ws") + "socket"); } catch (error) { }
-setTimeout(done, 700);
 """
 
 
-def test_nothing_can_be_sent(browser, page):
-    """Six ways out of a page, tried from within: none gets through, all do without the policy."""
-    asked = []
+@pytest.fixture
+def listener():
+    """A web server on this machine -> (its port, the paths that were asked for)."""
+    asked = set()
 
-    class Listener(http.server.BaseHTTPRequestHandler):
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            asked.add(self.path.strip("/"))
             self.send_response(200)
             self.end_headers()
 
@@ -523,19 +547,27 @@ def test_nothing_can_be_sent(browser, page):
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    script = SEND.replace("PORT", str(server.server_address[1]))
-    begin(browser)
-    browser.run_async(script)
-    assert asked == []
-
-    html = page.read_text()
-    open_page = page.with_name("open.html")
-    open_page.write_text(html.replace("default-src 'none'", "default-src *", 1))
-    browser.open(open_page)
-    browser.run_async(script)
+    yield server.server_address[1], asked
     server.shutdown()
     server.server_close()
-    ways = {path.strip("/") for path in asked}
-    assert {"image", "frame", "beacon", "fetch", "socket"} <= ways
+
+
+def test_nothing_can_be_sent(browser, page, listener):
+    """Each way out is closed by the page's policy, and open in the same page without it."""
+    port, asked = listener
+    script = TRY_THEM_ALL.replace("PORT", str(port))
+    begin(browser)
+    browser.run(script)
+    blocked = wait_for(browser, lambda: browser.run("return violations"), len(WAYS_OUT))
+    assert set(blocked) == WAYS_OUT
+    assert asked == set()
+
+    html = page.read_text()
+    start = html.index("<meta http-equiv")
+    bare = page.with_name("bare.html")
+    bare.write_text(html[:start] + html[html.index(">", start) + 1:])
+    browser.open(bare)
+    browser.run(script)
+    assert wait_for(browser, lambda: asked, len(WAYS_OUT)) == WAYS_OUT
