@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
 from data import load_records, split  # noqa: E402
 from personafuse import Config, Llama, pick_device, pick_dtype  # noqa: E402
 from plumbing import UserError, atomic_write, read_json, run_program, write_json  # noqa: E402
@@ -72,8 +73,10 @@ def render(record):
     if "text" in record:
         return record["text"].strip()
     turns = [turn.strip() for turn in record["turns"]]
-    pairs = zip(turns[::2], turns[1::2])
-    return END.join(f"User: {query}\nAssistant: {answer}" for query, answer in pairs)
+    rounds = []
+    for query, answer in zip(turns[::2], turns[1::2]):
+        rounds.append(f"User: {query}\nAssistant: {answer}")
+    return END.join(rounds)
 
 
 def part_of(record):
@@ -81,18 +84,22 @@ def part_of(record):
     name = record["source"]
     if f"{name}, short" not in MIX:
         return name
-    return f"{name}, short" if len(record["turns"][1]) <= SHORT else f"{name}, long"
+    first_answer = record["turns"][1]
+    length = "short" if len(first_answer) <= SHORT else "long"
+    return f"{name}, {length}"
 
 
 def read_texts(folder):
-    """The lines of every file in the folder -> {part: its texts, shuffled}."""
+    """The lines of every file in the folder -> {part: its texts}."""
     parts = {}
     for path in sorted(Path(folder).glob("*.jsonl*")):
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8") as file:
             for line in file:
-                record = {"source": path.name.split(".")[0], **json.loads(line)}
-                parts.setdefault(part_of(record), []).append(render(record))
+                record = json.loads(line)
+                record.setdefault("source", path.name.split(".")[0])
+                texts = parts.setdefault(part_of(record), [])
+                texts.append(render(record))
     if not parts:
         raise UserError(f"{folder} holds no *.jsonl and no *.jsonl.gz")
     return parts
@@ -100,50 +107,71 @@ def read_texts(folder):
 
 def plain_answers(path):
     """Queries and plain answers of the training split, as texts."""
-    records, _ = split(load_records(path, answers=("naive_response",)))
-    return [render({"turns": [record["query"], record["naive_response"]]}) for record in records]
+    texts = []
+    training, _ = split(load_records(path, answers=("naive_response",)))
+    for record in training:
+        turns = [record["query"], record["naive_response"]]
+        texts.append(render({"turns": turns}))
+    return texts
 
 
 def make_tokenizer(parts, vocab_size):
-    """BPE on at most 4,000 texts of each part, so that no large source rules the vocabulary."""
-    sample = [text.replace(END, "\n") for texts in parts.values() for text in texts[:4000]]
+    # at most 4,000 texts of each part, so that no large one rules the vocabulary
+    sample = []
+    for texts in parts.values():
+        sample += [text.replace(END, "\n") for text in texts[:4000]]
     tokenizer = Tokenizer(models.BPE())
     # with a space before the first word, a word is one token wherever it stands
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False)
     tokenizer.train_from_iterator(sample, trainer)
     return tokenizer
 
 
 def make_streams(parts, tokenizer):
-    """{part: texts} -> {part: one array of tokens} twice: to train on, and held out (the first 2%,
-    at most 40 windows)."""
+    """{part: texts} -> {part: one array of tokens} twice: to train on, and held out."""
     training = {}
     held_out = {}
     for part, texts in parts.items():
         encoded = tokenizer.encode_batch([text + END for text in texts])
-        stream = np.concatenate([np.array(one.ids, dtype=np.uint16) for one in encoded])
-        cut = max(WINDOW + 1, min(len(stream) // 50, 40 * WINDOW))
+        ids = [np.array(text.ids, dtype=np.uint16) for text in encoded]
+        stream = np.concatenate(ids)
+        # the first 2% is held out: one window at least, 40 at most
+        cut = min(len(stream) // 50, 40 * WINDOW)
+        cut = max(cut, WINDOW + 1)
         held_out[part] = stream[:cut]
-        # what would not hold a window is left out
+        # what is left is of use if it holds more than a window
         if len(stream) - cut > WINDOW + 1:
             training[part] = stream[cut:]
     return training, held_out
 
 
+def cut_windows(stream, starts):
+    """-> arrays of WINDOW tokens and the one that follows them."""
+    return [stream[start:start + WINDOW + 1] for start in starts]
+
+
+def stack(windows):
+    """-> tokens (number of windows, WINDOW + 1)"""
+    return torch.from_numpy(np.stack(windows).astype(np.int64))
+
+
 def sample_windows(streams, column, rng):
-    """Random windows of random parts -> tokens (ROWS, WINDOW + 1)."""
+    """ROWS random windows of random parts, drawn as the column of MIX says."""
     names = list(streams)
-    sizes = np.array([len(streams[name]) * MIX.get(name, OTHERS)[column] for name in names])
-    rows = []
-    for i in rng.choice(len(names), ROWS, p=sizes / sizes.sum()):
+    sizes = [len(streams[name]) * MIX.get(name, OTHERS)[column] for name in names]
+    chances = np.array(sizes) / sum(sizes)
+    windows = []
+    for i in rng.choice(len(names), ROWS, p=chances):
         stream = streams[names[i]]
         start = rng.integers(len(stream) - WINDOW - 1)
-        rows.append(stream[start:start + WINDOW + 1])
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
+        windows += cut_windows(stream, [start])
+    return stack(windows)
 
 
 def init_weights(llama):
@@ -160,34 +188,64 @@ def init_weights(llama):
 
 def make_optimizers(llama):
     """Muon for the matrices of the blocks, AdamW for embedding and norms."""
-    matrices = [t for t in llama.layers.parameters() if t.dim() == 2]
-    others = [t for t in llama.layers.parameters() if t.dim() == 1]
-    others += [llama.embed_tokens.weight, llama.norm.weight]
-    return [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.1),
-            torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    matrices = []
+    others = []
+    for name, t in llama.named_parameters():
+        is_matrix = t.dim() == 2 and name.startswith("layers.")
+        if is_matrix:
+            matrices.append(t)
+        else:
+            others.append(t)
+    muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.1)
+    adamw = torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    return [muon, adamw]
+
+
+def window_loss(llama, windows):
+    hidden = llama(windows[:, :-1])                                     # (B, WINDOW, d)
+    logits = llama.logits(hidden).flatten(0, 1)                         # (B·WINDOW, V)
+    return F.cross_entropy(logits.float(), windows[:, 1:].flatten())
+
+
+def print_held_out(llama, held_out):
+    """The loss on at most eight windows of each part that was kept apart."""
+    for part, stream in held_out.items():
+        starts = range(0, len(stream) - WINDOW, WINDOW)
+        windows = cut_windows(stream, starts[:8])
+        if windows:
+            with torch.no_grad():
+                loss = window_loss(llama, stack(windows))
+            print(f"held-out loss of {part:40} {loss.item():.3f}")
 
 
 def save(folder, tokenizer, llama):
-    tensors = {f"model.{name}": t.detach().bfloat16() for name, t in llama.named_parameters()}
-    write_json(folder / "config.json", read_json(HERE / "config.json", ""))
+    tensors = {}
+    for name, t in llama.named_parameters():
+        tensors[f"model.{name}"] = t.detach().bfloat16()
+    config = read_json(HERE / "config.json", "")
+    write_json(folder / "config.json", config)
     with atomic_write(folder / "tokenizer.json") as tmp:
         tokenizer.save(str(tmp))
     with atomic_write(folder / "model.safetensors") as tmp:
         save_file(tensors, tmp, metadata={"format": "pt"})
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--texts", required=True, help="the folder with the texts")
-    add("--data", default=HERE.parent / "persona_cot.jsonl", help="the plain answers (default: ours)")
+    add("--data", default=ROOT / "persona_cot.jsonl", help="the plain answers (default: ours)")
     add("--out", type=Path, default=HERE, help="where the model goes (default: this folder)")
     add("--steps", type=int, default=4300)
     add("--minutes", type=float, help="in place of --steps: as many as fit")
     add("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
     config = Config.from_folder(HERE)
+    args.out.mkdir(parents=True, exist_ok=True)
 
     parts = read_texts(args.texts)
     parts[PLAIN] = plain_answers(args.data)
@@ -201,48 +259,45 @@ def main():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     # fp32 weights; what is computed with them is bf16 where the hardware has it
-    llama = Llama(config, dtype=pick_dtype("auto", pick_device("cpu")))
+    dtype = pick_dtype("auto", pick_device("cpu"))
+    llama = Llama(config, dtype=dtype)
     init_weights(llama)
     optimizers = make_optimizers(llama)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    loss_of = torch.compile(window_loss) if args.compile else window_loss
 
-    def window_loss(windows):
-        logits = llama.logits(llama(windows[:, :-1]))                   # (ROWS, WINDOW, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-
-    training_loss = torch.compile(window_loss) if args.compile else window_loss
-    start = time.time()
+    begin = time.time()
     step = 0
     progress = 0.0                          # from 0 to 1
+    average = None                          # of the loss, over some fifty steps
     while progress < 1:
         # a warm-up, then constant, then straight to 0
-        factor = min(1, (step + 1) / 50) * min(1, (1 - progress) / DECAY)
+        factor = min(1, (step + 1) / 50, (1 - progress) / DECAY)
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * factor
-        loss = training_loss(sample_windows(streams, int(progress > 1 - TAIL), rng))
+
+        in_tail = progress > 1 - TAIL
+        windows = sample_windows(streams, int(in_tail), rng)
+        loss = loss_of(llama, windows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
-        smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
+        value = loss.item()
+        average = value if average is None else 0.98 * average + 0.02 * value
         step += 1
-        minutes = (time.time() - start) / 60
-        progress = minutes / args.minutes if args.minutes else step / args.steps
+        minutes = (time.time() - begin) / 60
+        progress = step / args.steps
+        if args.minutes:
+            progress = minutes / args.minutes
         if step % 50 == 0 or progress >= 1:
             millions = step * ROWS * WINDOW / 1e6
             print(f"step {step}, {millions:.2f} million tokens, {minutes:.1f} minutes, "
-                  f"loss {smooth:.3f}", flush=True)
+                  f"loss {average:.3f}", flush=True)
             save(args.out, tokenizer, llama)
-
-    for part, stream in held_out.items():
-        count = min(8, (len(stream) - 1) // WINDOW)
-        rows = [stream[i * WINDOW:(i + 1) * WINDOW + 1] for i in range(count)]
-        if rows:
-            with torch.no_grad():
-                value = window_loss(torch.from_numpy(np.stack(rows).astype(np.int64)))
-            print(f"held-out loss of {part:40} {value:.3f}")
+    print_held_out(llama, held_out)
 
 
 if __name__ == "__main__":
