@@ -130,10 +130,10 @@ def server_answers(args, prompts):
 
 def model_answers(args, prompts):
     """Answers of the model args.model, which decodes args.workers sequences together."""
-    # here, so that nobody who asks a server waits for torch
+    folder = find_model(args.model, "--model")
+    # here, so that nobody waits for torch who asks a server, or for a model that is not there
     from personafuse import check_vocabulary, load_llama, pick_device, pick_dtype
 
-    folder = find_model(args.model, "--model")
     device = pick_device(args.device, args.model)
     llama = load_llama(folder, device, pick_dtype(args.dtype, device))
     tokenizer = ChatTokenizer(folder)
