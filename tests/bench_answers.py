@@ -60,7 +60,10 @@ def is_english(word, known):
 def loops(text, length=4, times=3):
     """Whether some phrase of `length` words stands `times` times in the text."""
     words = words_of(text)
-    phrases = Counter(tuple(words[i:i + length]) for i in range(len(words) - length + 1))
+    phrases = Counter()
+    for start in range(len(words) - length + 1):
+        phrase = words[start:start + length]
+        phrases[tuple(phrase)] += 1
     return max(phrases.values(), default=0) >= times
 
 
@@ -69,10 +72,13 @@ def ask(run, queries, options=()):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "queries.txt"
         # a line is a query, so a query of several lines becomes one
-        path.write_text("".join(" ".join(query.split()) + "\n" for query in queries))
+        lines = [" ".join(query.split()) for query in queries]
+        path.write_text("\n".join(lines) + "\n")
         command = [sys.executable, ROOT / "sample.py", "--run", run, "--file", path, "--json"]
-        result = subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line)["response"] for line in result.stdout.splitlines()]
+        command += options
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    answered = [json.loads(line) for line in result.stdout.splitlines()]
+    return [answer["response"] for answer in answered]
 
 
 def answers(run, n=100, options=(), word_list=WORDS):
