@@ -155,6 +155,6 @@ def first_turn(turns):
         speaker = turn.get("from", turn.get("role"))
         if speaker == "system":
             continue
-        # the first is the user's or nobody's: a conversation that the assistant opens goes on from a page that is not here
+        # a conversation that the assistant opens goes on from a page that is not here
         return turn.get("value", turn.get("content")) if speaker in ("human", "user") else None
     return None

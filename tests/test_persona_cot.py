@@ -518,7 +518,7 @@ def test_parquet(tmp_path, monkeypatch):
 def test_check_of_the_bundled_set(monkeypatch, capsys):
     run(monkeypatch, "check", ROOT / "persona_cot.jsonl")
     shown = capsys.readouterr().out
-    assert "680 records" in shown and "  high conscientiousness    275  40.4%  ██████" in shown
+    assert "1520 records" in shown and "  high conscientiousness    514  33.8%  ██████" in shown
 
 
 def test_check_names_every_bad_line(tmp_path, monkeypatch, capsys):
