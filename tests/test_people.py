@@ -31,7 +31,8 @@ HOSTILE = [
 
 def make_sheet(folder, n=4, seed=0, answers=None):
     """A sheet of n pairs -> (page, key file). Without `answers`: "good k" against "bad k"."""
-    queries = [f"query {k}" for k in range(n)]
+    # a sheet of its own for every test: one browser keeps them all
+    queries = [f"query {k} of {folder.name}" for k in range(n)]
     if answers is None:
         answers = [[f"good {k}" for k in range(n)], [f"bad {k}" for k in range(n)]]
     pairs = people.make_pairs(queries, answers, random.Random(seed))
@@ -348,10 +349,8 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, tmp_path):
-    """A new sheet of four pairs, open in the browser, which has forgotten earlier ones."""
+    """A sheet of four pairs, open in the browser for the first time."""
     path, _ = make_sheet(tmp_path)
-    browser.open(path)
-    browser.run("localStorage.clear()")
     browser.open(path)
     return path
 
@@ -362,8 +361,8 @@ def begin(browser, name="Ada"):
 
 
 def stored(browser):
-    """What the page's storage keeps of all sheets."""
-    return [json.loads(text) for text in browser.run("return Object.values(localStorage)")]
+    """What the browser keeps for the page that is open."""
+    return json.loads(browser.run("return localStorage.getItem(storageKey)"))
 
 
 def wait_for(browser, look, count):
@@ -392,7 +391,7 @@ def test_a_sheet_by_keys_alone(browser, page):
     # Tab begins at the top of each pair, and a button reached by it is pressed by Enter
     browser.press("Tab", "Tab", "Enter")
     assert browser.run("return document.activeElement.dataset.choice") == "0"
-    assert stored(browser)[0]["ratings"][3]["choice"] == 0
+    assert stored(browser)["ratings"][3]["choice"] == 0
     browser.press("1", "Enter")
     assert browser.run("return document.getElementById('done').hidden") is False
 
@@ -428,7 +427,7 @@ def test_a_sheet_by_clicks_alone(browser, page):
         browser.click("#next")
     browser.click("#review")
     assert browser.text("#count") == "Pair 1 of 4"
-    state, = stored(browser)
+    state = stored(browser)
     assert [rating["choice"] for rating in state["ratings"]] == [2, 0, 1, 2]
 
 
@@ -438,7 +437,7 @@ def test_the_choice_on_the_page_is_the_answer_in_the_key(browser, page):
     for _ in range(4):
         first = browser.text("#answer1").startswith("good")
         browser.press("1" if first else "2", "Enter")
-    state, = stored(browser)
+    state = stored(browser)
     key = json.loads(page.with_name("sheet.key.json").read_text())
     ratings = [(rating["choice"], rating["why"]) for rating in state["ratings"]]
     assert people.outcomes(ratings, key["pairs"]).tolist() == [people.FIRST] * 4
@@ -468,7 +467,7 @@ def test_another_person_starts_afresh(browser, page):
     assert browser.run("return document.getElementById('rater').value") == ""
     begin(browser, "Bo")
     assert browser.text("#count") == "Pair 1 of 4"
-    state, = stored(browser)
+    state = stored(browser)
     assert state["rater"] == "Bo"
     assert {rating["choice"] for rating in state["ratings"]} == {None}
 
