@@ -49,11 +49,12 @@ class Config:
         """Read folder/config.json; UserError for what this Llama would run wrongly."""
         path = Path(folder) / "config.json"
         c = read_json(path, f"{folder} is not a model folder: it has no config.json")
-        # transformers 5 nests the rope's figures in rope_parameters, 4 has rope_scaling
-        rope = {**c.get("rope_parameters", {}), **(c.get("rope_scaling") or {})}
+        # transformers 5 nests the rope's figures in rope_parameters, 4 has rope_scaling, and
+        # before 4.43 its rope_type was called type
+        rope = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        check_supported(path, c, rope_type)
-        attention_bias = c.get("attention_bias", False)
+        check_supported(path, c, rope, rope_type)
+        attention_bias = bool(c.get("attention_bias"))
         try:
             return cls(
                 vocab_size=c["vocab_size"],
@@ -65,7 +66,7 @@ class Config:
                 head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
                 rms_norm_eps=c["rms_norm_eps"],
                 max_position_embeddings=c["max_position_embeddings"],
-                tie_word_embeddings=c.get("tie_word_embeddings", False),
+                tie_word_embeddings=bool(c.get("tie_word_embeddings")),
                 rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
                 rope_scaling=rope if rope_type == "llama3" else None,
                 qkv_bias=c["model_type"] == "qwen2" or attention_bias,
@@ -75,7 +76,11 @@ class Config:
             raise UserError(f"{path} does not name {error}")
 
 
-def check_supported(path, c, rope_type):
+LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"}
+
+
+def check_supported(path, c, rope, rope_type):
     """UserError that names the first thing in config.json that this Llama does not have."""
     problem = None
     if c.get("model_type") not in ("llama", "qwen2"):
@@ -84,6 +89,10 @@ def check_supported(path, c, rope_type):
         problem = f"hidden_act {c.get('hidden_act')!r}"
     elif rope_type not in ("default", "llama3"):
         problem = f"rope type {rope_type!r}"
+    elif rope_type == "llama3" and not LLAMA3_ROPE <= rope.keys():
+        problem = f"a llama3 rope without {min(LLAMA3_ROPE - rope.keys())}"
+    elif rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1)) != 1:
+        problem = "a partial_rotary_factor"
     elif c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or []):
         problem = "sliding window attention"
     elif c.get("mlp_bias"):
@@ -484,9 +493,13 @@ def load_llama(folder, device, dtype, experts=0, rank=8, alpha=16, seed=0, weigh
         llama = Llama(Config.from_folder(folder), experts, rank, alpha, dtype)
     check_fits(llama, folder, device, weight_dtype)
     wanted = base_shapes(llama)
-    tensors = {}
-    for path in files or checkpoint_files(folder):
-        tensors |= read_tensors(path, wanted, device, weight_dtype)
+    paths = files or checkpoint_files(folder)
+    tensors = read_tensors(paths, wanted, device, weight_dtype)
+    if llama.config.tie_word_embeddings and "embed_tokens.weight" not in tensors:
+        # embeddings and head are one matrix, and some checkpoints hold it under the head's name
+        head = {"lm_head.weight": wanted["embed_tokens.weight"]}
+        for t in read_tensors(paths, head, device, weight_dtype).values():
+            tensors["embed_tokens.weight"] = t
     missing = sorted(wanted.keys() - tensors.keys())
     if missing:
         others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -504,39 +517,47 @@ def base_shapes(llama):
 
 
 def checkpoint_files(folder):
-    """The safetensors files of a model folder: those that the index names, or model.safetensors."""
-    index = Path(folder) / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    named_by = ""
-    if index.exists():
+    """The safetensors files of a model folder: model.safetensors, or the shards of its index."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
         names = sorted(set(read_json(index, "").get("weight_map", {}).values()))
-        named_by = f", which {index.name} names"
+        hint = f", which {index.name} names"
+    else:
+        names = ["model.safetensors"]
+        hint = ""
+        if (folder / "pytorch_model.bin").exists():
+            hint = " (pytorch_model.bin is not read, for a pickle may run code: save it again)"
     for name in names:
-        if not (Path(folder) / name).exists():
-            raise UserError(f"{folder} has no {name}{named_by}")
-    return [Path(folder) / name for name in names]
+        if not (folder / name).exists():
+            raise UserError(f"{folder} has no {name}{hint}")
+    return [folder / name for name in names]
 
 
-def read_tensors(path, wanted, device, dtype):
-    """The tensors of a safetensors file that `wanted` (name -> shape) asks for, by our names."""
+def read_tensors(paths, wanted, device, dtype):
+    """The tensors of safetensors files that `wanted` (name -> shape) asks for, by our names."""
     tensors = {}
-    try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            for key in file.keys():
-                # a run's router.safetensors holds its encoder under "encoder."
-                name = key.removeprefix("model.").removeprefix("encoder.")
-                if name not in wanted:
-                    continue
-                shape = tuple(file.get_slice(key).get_shape())
-                if shape != tuple(wanted[name]):
-                    raise UserError(f"{path}: {key} has shape {shape}, "
-                                    f"config.json asks for {tuple(wanted[name])}")
-                tensors[name] = file.get_tensor(key).to(dtype)
-    except UserError:
-        raise
-    except Exception as error:                  # safetensors has its own type, and OSError
-        raise UserError(f"cannot read {path}: {error} (cut short? download or copy it again)")
+    for path in paths:
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                for key in file.keys():
+                    # LlamaModel alone is saved without "model.", and a run's router.safetensors
+                    # holds its encoder under "encoder."
+                    name = key.removeprefix("model.").removeprefix("encoder.")
+                    if name in wanted:
+                        check_shape(path, key, file.get_slice(key).get_shape(), wanted[name])
+                        tensors[name] = file.get_tensor(key).to(dtype)
+        except UserError:
+            raise
+        except Exception as error:              # safetensors has its own type, and OSError
+            raise UserError(f"cannot read {path}: {error} (cut short? download or copy it again)")
     return tensors
+
+
+def check_shape(path, key, shape, wanted):
+    if list(shape) != list(wanted):
+        raise UserError(f"{path}: {key} has shape {tuple(shape)}, "
+                        f"config.json asks for {tuple(wanted)}")
 
 
 def check_fits(llama, folder, device, weight_dtype):
