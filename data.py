@@ -85,12 +85,14 @@ def load_records(path, answers=("response",)):
     return records
 
 
-def held_out(query):
-    """Whether a query belongs to the held-out tenth.
+def by_hash(record):
+    """A number that a record's query decides alone, whatever else the file holds."""
+    return int(hashlib.sha256(record["query"].encode()).hexdigest(), 16)
 
-    Its own hash decides, so it never moves to the other side.
-    """
-    return int(hashlib.sha256(query.encode()).hexdigest(), 16) % 10 == 0
+
+def held_out(query):
+    """Whether a query belongs to the held-out tenth: it never moves to the other side."""
+    return by_hash({"query": query}) % 10 == 0
 
 
 def split(records):
@@ -300,9 +302,13 @@ class ChatTokenizer:
 
         known = self.tokenizer.token_to_id
         fitting = [f for f in FORMATS if f.mark is None or known(f.mark) is not None]
-        self.format = fitting[0]
+        format = fitting[0]
+        self.first_turn = self.pieces(format.system + format.turn)
+        self.later_turn = self.pieces(format.between + format.turn)
+        # in the plain format a space parts the answer from the prompt
+        self.space = " " if format.turn.endswith(":") else ""
         eos = self.end_tokens(folder)
-        end = known(self.format.end) if self.format.end else None
+        end = known(format.end) if format.end else None
         if end is None and not eos:
             raise UserError(f"{folder}: neither config.json nor the tokenizer names an end token")
         self.end = eos[0] if end is None else end       # closes an answer in training
@@ -318,6 +324,40 @@ class ChatTokenizer:
                     ids = [ids]
                 eos += ids or []
         return eos
+
+    def pieces(self, template):
+        """A template -> its parts: the ids of its tags, and the texts between them.
+
+        A tag that this vocabulary does not have stays text.
+        """
+        parts = [""]
+        for piece in TAG.split(template):
+            tag = self.tokenizer.token_to_id(piece) if TAG.fullmatch(piece) else None
+            if tag is None:
+                parts[-1] += piece
+            else:
+                parts += [tag, ""]
+        return parts
+
+    def fill(self, parts, queries):
+        """A template's parts with each query in its place -> token ids, a list for each query.
+
+        Only the template's own tags become control tokens.
+        """
+        rows = [[] for _ in queries]
+        for part in parts:
+            if isinstance(part, int):
+                filled = [[part]] * len(queries)
+            else:
+                filled = self.encode_batch([part.replace("{query}", query) for query in queries])
+            for row, ids in zip(rows, filled):
+                row += ids
+        return rows
+
+    def encode_batch(self, texts):
+        """Texts -> token ids of each; the library spreads a batch over the cores."""
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -335,32 +375,15 @@ class ChatTokenizer:
         history: the (query, response) pairs of the turns before it.
         """
         ids = list(self.prefix)
-        template = self.format.system + self.format.turn
+        parts = self.first_turn
         for past_query, response in history:
-            ids += self.fill(template, past_query) + self.encode_answer(response)
-            template = self.format.between + self.format.turn
-        return ids + self.fill(template, query)
-
-    def fill(self, template, query):
-        """A template with the query in its place -> token ids. Only the template's own tags become
-        control tokens; a tag that this vocabulary does not have stays text.
-        """
-        ids = []
-        text = ""
-        for piece in TAG.split(template):
-            tag = self.tokenizer.token_to_id(piece) if TAG.fullmatch(piece) else None
-            if tag is None:
-                text += piece.replace("{query}", query)
-            else:
-                ids += self.encode(text) + [tag]
-                text = ""
-        return ids + self.encode(text)
+            ids += self.fill(parts, [past_query])[0] + self.encode_answer(response)
+            parts = self.later_turn
+        return ids + self.fill(parts, [query])[0]
 
     def encode_answer(self, response):
         """A response and its end token -> token ids."""
-        # in the plain format a space parts it from the prompt
-        space = " " if self.format.turn.endswith(":") else ""
-        return self.encode(space + response) + [self.end]
+        return self.encode(self.space + response) + [self.end]
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -384,17 +407,21 @@ def make_examples(records, tokenizer, encoder_tokenizer, max_length, answer="res
     An answer is cut so that prompt and answer hold max_length tokens; a prompt that leaves it no
     room is dropped.
     """
+    queries = [record["query"] for record in records]
+    prompts = tokenizer.fill(tokenizer.first_turn, queries)
+    answers = tokenizer.encode_batch([tokenizer.space + record[answer] for record in records])
+    encoder_queries = [[] for _ in records]
+    if encoder_tokenizer:
+        encoder_queries = encoder_tokenizer.encode_batch(queries)
     examples = []
-    for record in records:
-        prompt = tokenizer.encode_prompt(record["query"])
+    for record, prompt, ids, query in zip(records, prompts, answers, encoder_queries):
+        prompt = tokenizer.prefix + prompt
         room = max_length - len(prompt)
         if room <= 0:
             continue
-        ids = tokenizer.encode_answer(record[answer])[:room]
-        query = []
         if encoder_tokenizer:
-            query = encoder_tokenizer.encode_query(record["query"])[:max_length]
-        examples.append(Example(prompt, ids, query, record["p"]))
+            query = (encoder_tokenizer.prefix + query)[:max_length]
+        examples.append(Example(prompt, (ids + [tokenizer.end])[:room], query, record["p"]))
     return examples
 
 

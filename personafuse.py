@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -236,12 +237,14 @@ class Llama(nn.Module):
         self.rank = rank
         self.alpha = alpha
         self.dtype = dtype
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # nn.Embedding alone would draw random weights, only for them to be replaced
+        empty = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer, experts=experts, rank=rank)
                                     for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = LoRALinear(config.hidden_size, config.vocab_size)
 
     @property
     def device(self):
@@ -429,7 +432,7 @@ def like_lengths(lengths, rows):
 
 
 def pad(rows, device, fill=0):
-    """Lists of ids -> tokens (B, T), padded on the right, and lengths (B,)."""
+    """Rows of ids -> tokens (B, T), padded on the right, and lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.full((len(rows), int(lengths.max())), fill)
     for i, row in enumerate(rows):
@@ -444,9 +447,10 @@ def response_batch(examples, device):
     tokens = []
     targets = []
     for example in examples:
-        ids = example.prompt + example.answer
+        ids = np.concatenate([example.prompt, example.answer])
         tokens.append(ids[:-1])                                         # the last predicts nothing
-        targets.append([-1] * (len(example.prompt) - 1) + example.answer)
+        ignored = np.full(len(example.prompt) - 1, -1)
+        targets.append(np.concatenate([ignored, example.answer]))
     return pad(tokens, device)[0], pad(targets, device, fill=-1)[0]
 
 

@@ -2,6 +2,7 @@
 there, and the table of the models that a name stands for. No torch here, so --help answers at once.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -83,6 +84,14 @@ def read_lines(path):
             return [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
+
+
+def file_sha256(path):
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
 
 
 # ------------------------------------------------------------------------------------------ models

@@ -3,20 +3,22 @@
     out/<base>/high_openness/, ...      the ten experts, as peft loads them
     out/<base>/router.safetensors       the router
     out/<base>/personafuse.json         every setting
+    out/<base>/examples.safetensors     the data as token ids
     out/<base>/metrics.jsonl            every step, and every evaluation on the held-out records
     out/<base>/stage1.safetensors, ...  what each stage trains and where it stands
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from data import TRAITS
-from plumbing import (HERE, UserError, absolute, atomic_write, default_encoder, model_table,
-                      read_lines, write_json)
+import numpy as np
+
+from data import TRAITS, ChatTokenizer, Example, by_hash, make_examples, split
+from plumbing import (HERE, UserError, absolute, atomic_write, default_encoder, file_sha256,
+                      find_model, model_table, read_lines, write_json)
 
 # "tiny" is tuned on the embedded base, "quick" is for real ones on a laptop, "paper" is section 4.3
 # and appendix A
@@ -89,6 +91,7 @@ class Settings:
     max_length: int = option(None, "tokens of prompt and response; longer responses are cut")
     micro_batch: int = option(None, "rows that go through the base at a time")
     checkpointing: bool = option(False, "recompute activations in the backward pass")
+    held_out: int = option(512, "held-out records to evaluate on; 0: all")
     device: str = option("auto", "cuda, mps or cpu (auto: the first of these that is here; "
                                  "cpu for --base tiny)")
     dtype: str = option("auto", "of the frozen base", ["auto", "fp32", "bf16", "fp16"])
@@ -97,13 +100,13 @@ class Settings:
     resume: bool = option(False, "go on from the last saved step")
     # what follows from the above
     names: list = field(default_factory=list)           # the experts'
-    data_sha256: str = ""                               # of the data file's lines
+    data_sha256: str = ""                               # of the data file
 
 
 NOT_SAVED = {"stage", "resume", "preset"}
 FREE_ON_RESUME = {"device", "micro_batch", "checkpointing", "save_every", "out"}
 AT_LEAST_ONE = ("batch1", "batch2", "batch3", "group", "rank", "micro_batch", "save_every")
-AT_LEAST_ZERO = ("steps1", "steps2", "steps3")
+AT_LEAST_ZERO = ("steps1", "steps2", "steps3", "held_out")
 
 
 def parse_arguments(description):
@@ -132,8 +135,7 @@ def parse_arguments(description):
         single_lora_settings(settings)
         folder += "-" + settings.variant
     settings.out = settings.out or f"out/{folder}"
-    lines = "".join(line for _, line in read_lines(settings.data))
-    settings.data_sha256 = hashlib.sha256(lines.encode()).hexdigest()
+    settings.data_sha256 = file_sha256(settings.data)
     return settings
 
 
@@ -256,6 +258,89 @@ def check_writable(out):
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}")
+
+
+# ---------------------------------------------------------------------------------------- examples
+
+COLUMNS = ("prompt", "answer", "query")
+
+
+def examples_file(settings):
+    return Path(settings.out) / "examples.safetensors"
+
+
+def examples_key(settings):
+    """What the examples depend on; with another key they are made again."""
+    folders = [find_model(settings.base)]
+    if settings.encoder:
+        folders.append(find_model(settings.encoder, "--encoder"))
+    tokenizers = [file_sha256(folder / "tokenizer.json") for folder in folders]
+    return json.dumps([settings.data_sha256, VARIANTS[settings.variant], settings.max_length,
+                       settings.held_out, *tokenizers])
+
+
+def write_examples(settings, records):
+    """Tokenize the records once, for all processes and for a resumed run, into the run's folder."""
+    from safetensors import safe_open
+    path = examples_file(settings)
+    key = examples_key(settings)
+    try:
+        with safe_open(path, "np") as file:
+            if file.metadata()["key"] == key:
+                return
+        print(f"{path} is of other data or another tokenizer: made again")
+    except FileNotFoundError:
+        pass
+    except Exception:                           # safetensors' own type, KeyError, OSError
+        print(f"{path} cannot be read (cut short?): made again")
+
+    tokenizer = ChatTokenizer(find_model(settings.base))
+    encoder_tokenizer = None
+    if settings.encoder:
+        encoder_tokenizer = ChatTokenizer(find_model(settings.encoder, "--encoder"))
+    training, held_out = split(records)
+    held_out = sorted(held_out, key=by_hash)[:settings.held_out or None]
+    tensors = {}
+    kept = 0
+    for side, chosen in (("training", training), ("held_out", held_out)):
+        examples = make_examples(chosen, tokenizer, encoder_tokenizer, settings.max_length,
+                                 VARIANTS[settings.variant])
+        kept += len(examples)
+        tensors |= to_columns(side, examples)
+    left_out = len(training) + len(held_out) - kept
+    if left_out:
+        print(f"{left_out} of {len(records)} records left out: prompts of --max-length tokens "
+              "or more")
+    from safetensors.numpy import save_file
+    if file_sha256(settings.data) != settings.data_sha256:
+        raise UserError(f"{settings.data} has changed while it was read: start again")
+    with atomic_write(path) as tmp:
+        save_file(tensors, tmp, metadata={"key": key})
+
+
+def to_columns(side, examples):
+    """Examples -> arrays: the ids of each column end to end, their lengths, and p (n, E)."""
+    arrays = {f"{side}.p": np.array([example.p for example in examples], np.uint8)}
+    for column in COLUMNS:
+        rows = [getattr(example, column) for example in examples]
+        arrays[f"{side}.{column}.lengths"] = np.array([len(row) for row in rows], np.int32)
+        arrays[f"{side}.{column}"] = np.array([i for row in rows for i in row], np.int32)
+    return arrays
+
+
+def read_examples(settings):
+    """(training, held-out) Examples as `write_examples` left them."""
+    from safetensors.numpy import load_file
+    arrays = load_file(examples_file(settings))
+    sides = []
+    for side in ("training", "held_out"):
+        columns = []
+        for column in COLUMNS:
+            ends = np.cumsum(arrays[f"{side}.{column}.lengths"])
+            columns.append(np.split(arrays[f"{side}.{column}"], ends[:-1]))
+        p = [tuple(row) for row in arrays[f"{side}.p"].tolist()]
+        sides.append([Example(*row) for row in zip(*columns, p)])
+    return sides
 
 
 # ------------------------------------------------------------------------------------------- state

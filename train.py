@@ -23,15 +23,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (TRAITS, expert_batch, expert_subsets, joint_batch, load_records, make_examples,
-                  router_batch, split, trait_groups)
+from data import (TRAITS, expert_batch, expert_subsets, joint_batch, load_records, router_batch,
+                  trait_groups)
 from lora import clip_experts
 from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, trait_loss
 from personafuse import build, pad, pick_device, pick_dtype, response_batch
 from plumbing import UserError, run_program
 from router import average_precision, pole_auc
-from runs import (VARIANTS, load_state, log, open_run, parse_arguments, save_run, save_state,
-                  state_file, trainable)
+from runs import (VARIANTS, load_state, log, open_run, parse_arguments, read_examples, save_run,
+                  save_state, state_file, trainable, write_examples)
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -291,9 +291,14 @@ def evaluate(model, examples, training, settings, loss_base, with_router):
     The response loss per token with and without experts, and how well the router's weights rank
     the right experts, beside rankings that know nothing of the query.
     """
+    # each process scores its share of the examples
+    mine = slice(process_rank(), None, process_count())
+
     def loss(w):
-        nll, counts, _ = model.response_nll(examples, w)
-        return round((nll.sum() / counts.sum()).item(), 4)
+        nll, counts, _ = model.response_nll(examples[mine], None if w is None else w[mine])
+        total = torch.stack([nll.sum(), counts.sum()])
+        sum_over_processes([total])
+        return round((total[0] / total[1]).item(), 4)
 
     p = np.array([example.p for example in examples])                               # (n, E)
     metrics = {"loss_base": loss_base or loss(None)}
@@ -342,25 +347,23 @@ def main():
     is_main = process_rank() == 0
     received = watch_signals()
 
-    answer = VARIANTS[settings.variant]
-    records = load_records(settings.data, (answer,))
     stages = [1, 2, 3] if settings.stage == "all" else [int(settings.stage)]
     if len(settings.names) == 1:
         stages = [stage for stage in stages if stage != 2]      # a baseline has no router
-    start = [open_run(settings, stages) if is_main else None]
+    start = [None]
+    if is_main:
+        # the data first: a bad record should not wait for 16 GB of weights
+        records = load_records(settings.data, (VARIANTS[settings.variant],))
+        start = [open_run(settings, stages)]
+        write_examples(settings, records)
+        del records
     if process_count() > 1:
         dist.broadcast_object_list(start)
     first_stage, first_step = start[0]
-
-    model = build(asdict(settings), device, pick_dtype(settings.dtype, device))
-    training, held_out = [make_examples(side, model.tokenizer, model.encoder_tokenizer,
-                                        settings.max_length, answer) for side in split(records)]
-    left_out = len(records) - len(training) - len(held_out)
-    if is_main and left_out:
-        print(f"{left_out} of {len(records)} records left out: prompts of --max-length tokens "
-              "or more")
+    training, held_out = read_examples(settings)
     if not training:
         raise UserError(f"{settings.data} has no record to train on")
+    model = build(asdict(settings), device, pick_dtype(settings.dtype, device))
 
     # what earlier stages wrote
     for stage in range(1, first_stage):
@@ -373,14 +376,16 @@ def main():
         run_stage(model, stage, first_step, training, settings, received)
         first_step = 0
         with_router = stage > 1 and model.router is not None
-        if is_main and held_out:
-            metrics = evaluate(model, held_out, training, settings, loss_base, with_router)
-            loss_base = metrics["loss_base"]
+        if is_main:
+            save_run(model, settings, with_router)
+        if not held_out:
+            continue
+        metrics = evaluate(model, held_out, training, settings, loss_base, with_router)
+        loss_base = metrics["loss_base"]
+        if is_main:
             print_evaluation(metrics, len(held_out))
             steps = (settings.steps1, settings.steps2, settings.steps3)[stage - 1]
             log(settings, {"stage": stage, "step": steps, "held_out": metrics})
-        if is_main:
-            save_run(model, settings, with_router)
     if is_main:
         print(f"done: {settings.out}; now: python sample.py --run {settings.out} "
               '"I feel anxious"')
