@@ -59,8 +59,10 @@ def ask_model(model, texts, args, max_new_tokens, queries=None, until=(), raw=Fa
     return [answer.strip() for answer in answers]
 
 
-def respond(model, prompts, w, max_new_tokens, until=()):
-    """Prompts (token ids, cut on the left to fit), w (n, E) or None -> greedy answers."""
+def respond(model, prompts, w, max_new_tokens, until=(), temperature=0.0, top_p=1.0, seed=0):
+    """Prompts (token ids, cut on the left to fit), w (n, E) or None -> answers, each ended before
+    the first of the strings `until`.
+    """
     room = model.base.config.max_position_embeddings - max_new_tokens
     # like lengths run side by side: the cache is read as far as the longest
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -69,8 +71,10 @@ def respond(model, prompts, w, max_new_tokens, until=()):
         w = w[order]
     answers = [[] for _ in prompts]
     finished = set()
-    tokens = generate_batch(model.base, prompts, max_new_tokens, model.tokenizer.stop, w,
-                            finished=finished)
+    tokens = generate_batch(
+        model.base, prompts, max_new_tokens, model.tokenizer.stop, w,
+        temperature=temperature, top_p=top_p, seed=seed, finished=finished,
+    )
     with tqdm(total=len(prompts), desc="answers", leave=False) as progress:
         for k, token in tokens:
             ids = answers[order[k]]

@@ -2,6 +2,16 @@
 
     python -m experiments.evaluate --run out/tiny --run out/tiny-direct
                                         the held-out records: losses and router
+    python -m experiments.evaluate --run out/tiny --control
+                                        do the experts differ as their names say?
+    python -m experiments.evaluate --run out/tiny --steering
+                                        the weight of one expert from 0 to 1
+    python -m experiments.evaluate --run out/tiny --expression
+                                        do the answers show what they were meant to?
+    python -m experiments.evaluate --run out/tiny --routing
+                                        what sharper weights, and better ones, are worth
+    python -m experiments.evaluate --run out/tiny --questionnaire
+                                        50 items of the IPIP, asked of each expert
     python -m experiments.evaluate --run out/tiny --tasks emobench,gsm8k --data DIR --limit 20
                                         the paper's benchmarks, by lm-eval
     python -m experiments.evaluate --run out/tiny --tasks mentalchat --data DIR \\
@@ -15,8 +25,12 @@ import argparse
 from data import TRAITS
 from experiments.benchmarks import TASKS, run_benchmarks
 from experiments.comparison import compare
+from experiments.control import control, steering
+from experiments.expression import expression
 from experiments.judges import JUDGED
 from experiments.probe import probe
+from experiments.questionnaire import questionnaire
+from experiments.routing import routing
 from personafuse import pick_device, pick_dtype, read_settings
 from plumbing import run_program
 
@@ -29,8 +43,24 @@ def parse_arguments():
     add = parser.add_argument
     add("--run", action="append", required=True, metavar="DIR",
         help="a folder that train.py wrote; may be given again")
-    add("--tasks",
-        help=f"benchmarks, with commas between them: {', '.join([*TASKS, *JUDGED])}")
+
+    # what to measure: one of these, or the comparison
+    measure = parser.add_mutually_exclusive_group().add_argument
+    measure("--control", action="store_true",
+            help="do the experts differ as their names say?")
+    measure("--steering", action="store_true",
+            help="the weight of one expert from 0 to 1")
+    measure("--expression", action="store_true",
+            help="do the answers show the traits that their queries call for?")
+    measure("--routing", action="store_true",
+            help="what sharper weights, and better ones, are worth")
+    measure("--questionnaire", action="store_true",
+            help="the 50 items of the IPIP, asked of each expert")
+    measure("--tasks",
+            help=f"benchmarks, with commas between them: {', '.join([*TASKS, *JUDGED])}")
+    measure("--probe", metavar="FILE",
+            help="a labelled file: CLINC150's data_full.json, or CSV with columns text and label")
+
     add("--data", metavar="DIR",
         help="where the benchmarks' files are (default: the hub, for those that are there)")
     add("--limit", type=int,
@@ -47,8 +77,10 @@ def parse_arguments():
     add("--judge", metavar="URL",
         help="an OpenAI-compatible endpoint (its key: OPENAI_API_KEY)")
     add("--judge-model", metavar="NAME")
-    add("--probe", metavar="FILE",
-        help="a labelled file: CLINC150's data_full.json, or CSV with columns text and label")
+    add("--temperature", type=float, default=0.7,
+        help="of the answers of --expression and --routing (default: 0.7)")
+    add("--top-p", type=float, default=0.9,
+        help="of these answers too (default: 0.9)")
     add("--json", action="store_true",
         help="print JSON in place of tables")
     add("--seed", type=int, default=0)
@@ -59,6 +91,9 @@ def parse_arguments():
         parser.error(f"--top-k is 1 to {len(TRAITS)}")
     if args.limit is not None and args.limit < 1:
         parser.error("--limit is at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
+        parser.error("--temperature is at least 0, --top-p is in (0, 1], "
+                     "--max-new-tokens is at least 1")
     return args
 
 
@@ -70,7 +105,17 @@ def main():
         read_settings(run, base)
     device = pick_device(args.device, base)
     dtype = pick_dtype(args.dtype, device)
-    if args.tasks:
+    if args.control:
+        control(args, device, dtype)
+    elif args.steering:
+        steering(args, device, dtype)
+    elif args.expression:
+        expression(args, device, dtype)
+    elif args.routing:
+        routing(args, device, dtype)
+    elif args.questionnaire:
+        questionnaire(args, device, dtype)
+    elif args.tasks:
         run_benchmarks(args, device, dtype)
     elif args.probe:
         probe(args, device, dtype)

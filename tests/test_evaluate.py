@@ -101,6 +101,17 @@ def test_runs_of_different_bases_are_refused(run, tmp_path):
     assert fails_in_one_line(program("experiments.evaluate", "--run", run, "--run", other), other, "was made for the base")
 
 
+@pytest.mark.parametrize("option", ["control", "steering", "expression", "routing", "questionnaire"])
+def test_each_experiment_has_its_option(option, run, monkeypatch):
+    asked = []
+    for name in ("compare", "control", "steering", "expression", "routing", "questionnaire"):
+        monkeypatch.setattr(evaluate, name, lambda args, device, dtype, name=name: asked.append((name, args.run, dtype)))
+    assert program("experiments.evaluate", "--run", run, f"--{option}", "--dtype", "fp32").returncode == 0
+    assert asked == [(option, [str(run)], torch.float32)]
+    assert program("experiments.evaluate", "--run", run, "--dtype", "fp32").returncode == 0
+    assert asked[1][0] == "compare"
+
+
 # -------------------------------------------------------------------------------------------------- the harness's model
 
 class Request:
