@@ -123,24 +123,26 @@ def parse_traits(text):
 # ------------------------------------------------------------------- Persona-CoT: prompt and parser
 
 PERSONA_COT = """\
-Answer a user in five steps. Write every step down under its number, with the lines named there.
+Answer a user in five steps. Write every step down under its number, with the lines that are \
+named there.
 
 The user wrote:
 <<<
 {query}
 >>>
 
-Step 1: Read the social cue. What do tone, feeling and intent say about the person, and about how
+Step 1: Read the social cue. What do tone, feeling and intent say about the person, and about how \
 they want to be met?
 Social cue: [one sentence]
 
-Step 2: Read the task cue. What does the person want done, and what must an answer to it be: exact,
-inventive, brief, kind?
+Step 2: Read the task cue. What does the person want done, and what must an answer to it be: \
+exact, inventive, brief, kind?
 Task cue: [one sentence]
 
-Step 3: Choose the personality traits that the answer should show to fit each cue. They are the
-answer's, not the user's: somebody worried may need somebody calm. Choose one to four of these ten,
-and never both poles of one trait:
+Step 3: Choose the personality traits that the answer should show to fit each cue. They are the \
+answer's, not the user's:
+somebody worried may need somebody calm. Choose one to four of these ten, and never both poles of \
+one trait:
 High Openness (imaginative, curious) or Low Openness (practical, conventional)
 High Conscientiousness (organised, thorough) or Low Conscientiousness (flexible, spontaneous)
 High Extraversion (lively, talkative) or Low Extraversion (quiet, reserved)
@@ -149,19 +151,19 @@ High Neuroticism (alert to what may go wrong) or Low Neuroticism (calm, confiden
 Social traits: [names from this list with commas between them, or none]
 Task traits: [names from this list with commas between them, or none]
 
-Step 4: Plan how each of these traits will be heard in what the answer says, in its order and in its
-words.
+Step 4: Plan how each of these traits will be heard in what the answer says, in its order and in \
+its words.
 Plan: [one sentence for each trait]
 
-Step 5: Write what the user will read, showing the traits without naming them. Then explain how you
-showed them. End with:
+Step 5: Write what the user will read, showing the traits without naming them. Then explain how \
+you showed them. End with:
 ##Response: [what the user will read]
 ##Persona Behavior Rationale: [how it shows the traits]
 """
 FRIEND = """\
-You and I are old friends having a relaxed chat. Keep it casual and warm, the way people talk over
-coffee: everyday words, a bit of humour where it fits, no lists, nothing official. Here is what I
-want to talk about:
+You and I are old friends having a relaxed chat. Keep it casual and warm, the way people talk \
+over coffee: everyday words,
+a bit of humour where it fits, no lists, nothing official. Here is what I want to talk about:
 {query}"""
 
 # a key of the record -> the prompt that makes it: Persona-CoT (Table 9), then what the baselines of
