@@ -3,8 +3,10 @@
     python -m experiments.evaluate --run out/tiny --control
     python -m experiments.evaluate --run out/tiny --steering
 
-Both look at losses of the held-out responses, each per token and record by record: "pole i" are the
-records whose p_i is 1, and the opposite of a pole is the other pole of the same trait.
+Both look at losses of the held-out responses, per token, record by record. The records of a pole
+are those with p_i = 1; the opposite of a pole is the other pole of the same trait.
+
+n records, E = 10 experts.
 """
 
 import json
@@ -18,10 +20,10 @@ from lora import merge, unmerge
 from personafuse import load_run
 from plumbing import UserError
 
-# "high openness" -> "O+", for the heads of columns
-SHORT = [pole.split()[1][0].upper() + ("+" if pole.startswith("high") else "-") for pole in TRAITS]
-# the poles stand in pairs, so that the opposite of each is its neighbour
-OPPOSITE = [i + 1 if i % 2 == 0 else i - 1 for i in range(len(TRAITS))]
+# the poles in the heads of columns, in the order of TRAITS
+SHORT = ["O+", "O-", "C+", "C-", "E+", "E-", "A+", "A-", "N+", "N-"]
+# high and low stand side by side, so that the opposite of each pole is its neighbour
+OPPOSITE = [1, 0, 3, 2, 5, 4, 7, 6, 9, 8]
 # weights of one expert, from left out to alone
 DIAL = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
@@ -39,20 +41,21 @@ def load_experts_run(run, device, dtype):
 
 def held_out_examples(model, settings):
     """The held-out records of a run that fit into its --max-length, and the same as Examples."""
+    max_length = settings["max_length"]
     _, records = split(load_records(settings["data"]))
     fitting = []
     for record in records:
-        if len(model.tokenizer.encode_prompt(record["query"])) < settings["max_length"]:
+        prompt = model.tokenizer.encode_prompt(record["query"])
+        if len(prompt) < max_length:
             fitting.append(record)
     if not fitting:
         raise UserError(f"{settings['data']} has no held-out record to measure with")
-    examples = make_examples(fitting, model.tokenizer, model.encoder_tokenizer,
-                             settings["max_length"])
-    return fitting, examples
+    tokenizers = model.tokenizer, model.encoder_tokenizer
+    return fitting, make_examples(fitting, *tokenizers, max_length)
 
 
 def activations(records):
-    """p of each record -> (n, 10), numpy."""
+    """p of each record -> (n, E), numpy."""
     return np.array([record["p"] for record in records])
 
 
@@ -64,7 +67,8 @@ def losses_at(model, examples, w):
     originals = merge(model.base, w)
     nll, counts, _ = model.response_nll(examples)
     unmerge(model.base, originals)
-    return (nll / counts).double().cpu().numpy()
+    losses = nll / counts
+    return losses.double().cpu().numpy()
 
 
 def expert_losses(model, examples):
@@ -77,22 +81,25 @@ def expert_losses(model, examples):
 
 # ------------------------------------------------------------------------------------------ control
 
-def pole_wins(losses, p):
-    """Whether the expert of an active pole has a lower loss than the opposite's.
+def pole_wins(losses):
+    """Whether each expert has a lower loss than its opposite's, record by record.
 
-    losses (n, 10), p (n, 10) -> (n, 10): 1 where it has, 1/2 where they are equal, 0 where it has
-    not and where the pole is not active.
+    losses (n, E) -> (n, E) of 1, or 1/2 where they are equal, or 0.
     """
     opposite = losses[:, OPPOSITE]
-    wins = (losses < opposite) + 0.5 * (losses == opposite)
-    return wins * p
+    lower = losses < opposite
+    equal = losses == opposite
+    return lower + 0.5 * equal
 
 
 def expert_ranks(losses):
     """losses (n, E) -> the rank of each expert (n, E), 1 for the lowest loss; equal ones share."""
-    lower = (losses[:, None, :] < losses[:, :, None]).sum(axis=2)
-    equal = (losses[:, None, :] == losses[:, :, None]).sum(axis=2)      # counts the expert itself
-    return 1 + lower + (equal - 1) / 2
+    mine = losses[:, :, None]                                   # (n, E, 1)
+    others = losses[:, None, :]                                 # (n, 1, E)
+    lower = (others < mine).sum(axis=2)
+    equal = (others == mine).sum(axis=2)
+    equal = equal - 1                                           # each expert equals itself
+    return 1 + lower + equal / 2
 
 
 def control_matrix(losses, p):
@@ -100,38 +107,44 @@ def control_matrix(losses, p):
 
     losses (n, E), p (n, E) -> (E, E), in nats a token; NaN where no record has the pole.
     """
-    better = losses.mean(axis=1, keepdims=True) - losses                # (n, E)
-    count = p.sum(axis=0).astype(float)
-    count[count == 0] = np.nan
-    return better.T @ p / count
+    mean_expert = losses.mean(axis=1, keepdims=True)            # (n, 1)
+    better = mean_expert - losses                               # (n, E)
+    matrix = np.full((len(TRAITS), len(TRAITS)), np.nan)
+    for j in range(len(TRAITS)):
+        active = p[:, j] == 1
+        if active.any():
+            matrix[:, j] = better[active].mean(axis=0)
+    return matrix
 
 
-def share(values, p, records):
-    """The mean of values (n, E) over the active poles of some records; NaN where there are none."""
-    active = p[records].sum()
-    return (values[records] * p[records]).sum() / active if active else np.nan
+def mean_where(values, p, records):
+    """The mean of some records' values where their p is 1; NaN where none is.
+
+    values, p: (n, E), or (n,) for one pole; records: indices.
+    """
+    chosen = values[records][p[records] == 1]
+    return chosen.mean() if len(chosen) else np.nan
 
 
 def measure_control(losses, p):
-    """The figures of --control: accuracy in %, rank, both by pole too, and the matrix."""
-    n = len(p)
-    wins = pole_wins(losses, p)
+    """The figures of --control: accuracy in % and rank, over all poles and by pole, the matrix."""
+    wins = 100 * pole_wins(losses)
     ranks = expert_ranks(losses)
-    by_pole = {}
+    result = accuracy_and_rank(wins, ranks, p)
+    result["by_pole"] = {}
     for i, pole in enumerate(TRAITS):
-        one = [i]                       # a list, so that the columns stay a matrix
-        by_pole[pole] = {
-            "records": int(p[:, i].sum()),
-            "accuracy": bootstrap(lambda k: 100 * share(wins[:, one], p[:, one], k), n),
-            "rank": bootstrap(lambda k: share(ranks[:, one], p[:, one], k), n),
-        }
-    return {
-        "pairs": int(p.sum()),
-        "accuracy": bootstrap(lambda k: 100 * share(wins, p, k), n),
-        "rank": bootstrap(lambda k: share(ranks, p, k), n),
-        "by_pole": by_pole,
-        "matrix": control_matrix(losses, p).round(4).tolist(),
-    }
+        one_pole = accuracy_and_rank(wins[:, i], ranks[:, i], p[:, i])
+        result["by_pole"][pole] = one_pole
+    result["matrix"] = control_matrix(losses, p).round(4).tolist()
+    return result
+
+
+def accuracy_and_rank(wins, ranks, p):
+    """Over the (record, active pole) pairs, their number too. All (n, E), or (n,) for one pole."""
+    n = len(p)
+    accuracy = bootstrap(lambda records: mean_where(wins, p, records), n)
+    rank = bootstrap(lambda records: mean_where(ranks, p, records), n)
+    return {"pairs": int(p.sum()), "accuracy": accuracy, "rank": rank}
 
 
 def control(args, device, dtype):
@@ -140,91 +153,104 @@ def control(args, device, dtype):
     for run in args.run:
         model, settings = load_experts_run(run, device, dtype)
         records, examples = held_out_examples(model, settings)
-        results[run] = measure_control(expert_losses(model, examples), activations(records))
+        losses = expert_losses(model, examples)
+        results[run] = measure_control(losses, activations(records))
         results[run]["records"] = len(records)
     if args.json:
         print(json.dumps(results, indent=1))
-        return
+    else:
+        print_control(results)
+
+
+def print_control(results):
     print("Pole accuracy: how often the expert of an active pole has the lower loss of the two\n"
           "of its trait (chance 50%). Rank: its place among the ten (chance 5.5). In brackets 95%\n"
           "intervals, by bootstrap over the held-out records.\n")
-    print_table(["", "records", "pairs", "pole accuracy, %", "rank"],
-                [[run, result["records"], result["pairs"], shown(result["accuracy"], 1),
-                  shown(result["rank"])] for run, result in results.items()])
+    lines = []
+    for run, result in results.items():
+        cells = control_cells(result)
+        lines.append([run, result["records"], *cells])
+    print_table(["", "records", "pairs", "pole accuracy, %", "rank"], lines)
+
     for run, result in results.items():
         print(f"\n{run}, by pole")
-        print_table(["", "records", "pole accuracy, %", "rank"],
-                    [[pole, row["records"], shown(row["accuracy"], 0), shown(row["rank"], 1)]
-                     for pole, row in result["by_pole"].items()])
-        print(f"\n{run}: how much lower than the mean expert's is the loss of each expert (row) on\n"
-              "the records of each pole (column), in hundredths of a nat a token")
-        print_table(["", *SHORT], matrix_lines(result["matrix"]))
+        lines = []
+        for pole, row in result["by_pole"].items():
+            cells = control_cells(row)
+            lines.append([pole, *cells])
+        print_table(["", "records", "pole accuracy, %", "rank"], lines)
+
+        print(f"\n{run}: how much lower than the mean expert's is the loss of each expert (row)\n"
+              "on the records of each pole (column), in hundredths of a nat a token")
+        lines = []
+        for pole, row in zip(TRAITS, result["matrix"]):
+            cells = [f"{100 * value:+.0f}" for value in row]
+            lines.append([pole, *cells])
+        print_table(["", *SHORT], lines)
 
 
-def matrix_lines(matrix):
-    lines = []
-    for pole, row in zip(TRAITS, matrix):
-        lines.append([pole, *(f"{100 * value:+.0f}" for value in row)])
-    return lines
+def control_cells(result):
+    accuracy = shown(result["accuracy"], 1)
+    rank = shown(result["rank"])
+    return result["pairs"], accuracy, rank
 
 
 # ----------------------------------------------------------------------------------------- steering
 
 def dial_weights(i, value, experts, device=None):
     """w (E,): `value` for expert i, what is left shared out equally among the others."""
-    w = torch.full((experts,), (1 - value) / (experts - 1), device=device)
+    others = (1 - value) / (experts - 1)
+    w = torch.full((experts,), others, device=device)
     w[i] = value
     return w
 
 
-def measure_steering(model, examples, p):
-    """{pole: {"pole": losses, "opposite": losses}}, a loss for each step of DIAL.
-
-    The losses are means over the records of the pole, and over those of its opposite, at the same
-    weights: a dial that steers lowers the first against the second.
+def turn_dial(model, examples, i, p):
+    """Losses (len(DIAL), n) as expert i's weight grows, of the records of its pole and of its
+    opposite's; NaN for the others.
     """
-    curves = {}
-    for i, pole in enumerate(TRAITS):
-        of_pole = np.flatnonzero(p[:, i])
-        of_opposite = np.flatnonzero(p[:, OPPOSITE[i]])
-        both = [examples[k] for k in [*of_pole, *of_opposite]]
-        steps = {"pole": [], "opposite": []}
-        for value in DIAL:
-            w = dial_weights(i, value, model.experts, model.device)
-            losses = losses_at(model, both, w)
-            steps["pole"].append(losses[:len(of_pole)])
-            steps["opposite"].append(losses[len(of_pole):])
-        curves[pole] = steps
-    return curves
+    both = np.flatnonzero(p[:, i] + p[:, OPPOSITE[i]])
+    chosen = [examples[k] for k in both]
+    losses = np.full((len(DIAL), len(p)), np.nan)
+    for step, value in enumerate(DIAL):
+        w = dial_weights(i, value, model.experts, model.device)
+        losses[step, both] = losses_at(model, chosen, w)
+    return losses
 
 
-def summarise_steering(steps):
-    """One pole's curves of `measure_steering` -> means by step, and what the whole turn does.
+def measure_dial(losses, own, opposite):
+    """What `turn_dial` found -> the mean losses of both groups at each step, and what it comes to.
 
-    `gain` is how much the turn from 0 to 1 lowers the loss of the pole's records more than that of
-    the opposite's, with its interval; `rising` in how many of the five steps the lead grows.
+    own, opposite (n,): p of the pole and of its opposite. `gain` is how much the turn from 0 to 1
+    lowers the loss of the pole's records more than that of the opposite's; `rising` in how many
+    steps that lead grows.
     """
-    of_pole = np.array(steps["pole"])                           # (steps, records of the pole)
-    of_opposite = np.array(steps["opposite"])
-    lead = of_opposite.mean(axis=1) - of_pole.mean(axis=1)
-    # the two groups are drawn apart, each from its own records
-    own = of_pole[0] - of_pole[-1]
-    other = of_opposite[0] - of_opposite[-1]
-    change = np.concatenate([own, other])
-    n = len(own)
+    own_curve = losses[:, own == 1].mean(axis=1)
+    opposite_curve = losses[:, opposite == 1].mean(axis=1)
+    lead = opposite_curve - own_curve
+    fall = losses[0] - losses[-1]                               # (n,)
 
     def gain(records):
-        is_own = records < n
-        if is_own.all() or not is_own.any():
-            return np.nan
-        return change[records[is_own]].mean() - change[records[~is_own]].mean()
+        return mean_where(fall, own, records) - mean_where(fall, opposite, records)
 
+    rising = np.diff(lead) > 0
     return {
-        "pole": of_pole.mean(axis=1).round(4).tolist(),
-        "opposite": of_opposite.mean(axis=1).round(4).tolist(),
-        "gain": bootstrap(gain, len(change)),
-        "rising": int((np.diff(lead) > 0).sum()),
+        "own": own_curve.round(4).tolist(),
+        "opposite": opposite_curve.round(4).tolist(),
+        "gain": bootstrap(gain, len(own)),
+        "rising": int(rising.sum()),
     }
+
+
+def measure_steering(model, examples, p):
+    """{pole: what `measure_dial` finds of its dial}; p (n, E)."""
+    dials = {}
+    for i, pole in enumerate(TRAITS):
+        own = p[:, i]
+        opposite = p[:, OPPOSITE[i]]
+        losses = turn_dial(model, examples, i, p)
+        dials[pole] = measure_dial(losses, own, opposite)
+    return dials
 
 
 def steering(args, device, dtype):
@@ -233,20 +259,25 @@ def steering(args, device, dtype):
     for run in args.run:
         model, settings = load_experts_run(run, device, dtype)
         records, examples = held_out_examples(model, settings)
-        curves = measure_steering(model, examples, activations(records))
-        results[run] = {pole: summarise_steering(steps) for pole, steps in curves.items()}
+        results[run] = measure_steering(model, examples, activations(records))
     if args.json:
         print(json.dumps({"dial": DIAL, "runs": results}, indent=1))
-        return
-    print("Loss per token of the pole's records and of its opposite's as the weight of the pole's\n"
-          "expert grows and the other nine share what is left. The gain: how much the whole turn\n"
-          "lowers the first more than the second. Rising: in how many of the steps that lead grows.")
-    for run, poles in results.items():
+    else:
+        print_steering(results)
+
+
+def print_steering(results):
+    print("Loss per token of a pole's own records and of its opposite's, as the weight of the\n"
+          "pole's expert grows and the other nine share what is left. Gain: how much the whole\n"
+          "turn lowers the first more than the second. Rising: in how many steps that lead grows.")
+    steps = [f"w = {value}" for value in DIAL]
+    for run, dials in results.items():
         print(f"\n{run}")
         lines = []
-        for pole, result in poles.items():
-            lines.append([pole, "its own", *(f"{loss:.2f}" for loss in result["pole"]),
-                          shown(result["gain"]), f"{result['rising']} of {len(DIAL) - 1}"])
-            lines.append(["", "opposite's", *(f"{loss:.2f}" for loss in result["opposite"])])
-        print_table(["", "records", *(f"w={value}" for value in DIAL), "gain", "rising"],
-                    [line + [""] * (len(DIAL) + 4 - len(line)) for line in lines])
+        for pole, dial in dials.items():
+            own = [f"{loss:.2f}" for loss in dial["own"]]
+            opposite = [f"{loss:.2f}" for loss in dial["opposite"]]
+            rising = f"{dial['rising']} of {len(DIAL) - 1}"
+            lines.append([pole, "own", *own, shown(dial["gain"]), rising])
+            lines.append(["", "opposite's", *opposite, "", ""])
+        print_table(["", "records", *steps, "gain", "rising"], lines)

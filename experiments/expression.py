@@ -23,8 +23,9 @@ from data import load_records, split
 from experiments.answers import cot_prompt, cot_response
 from experiments.batched import generate_batch
 from experiments.control import activations
-from experiments.statistics import bootstrap, print_table, shown, shown_difference
-from personafuse import like_lengths, load_run, read_settings
+from experiments.statistics import (bootstrap, mean_interval, print_table, shown,
+                                    shown_difference)
+from personafuse import load_run, read_settings
 from plumbing import UserError
 from router import average_precision, pole_auc
 
@@ -72,8 +73,10 @@ def fit_logistic(x, p, penalty):
 
     x (n, V), p (n, 10) -> W (V, 10), b (10,).
     """
-    W = torch.zeros(x.shape[1], p.shape[1], requires_grad=True)
-    b = torch.zeros(p.shape[1], requires_grad=True)
+    words = x.shape[1]
+    poles = p.shape[1]
+    W = torch.zeros(words, poles, requires_grad=True)
+    b = torch.zeros(poles, requires_grad=True)
     optimizer = torch.optim.LBFGS([W, b], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss():
@@ -96,14 +99,17 @@ class Reader:
 
     def scores(self, texts):
         """Texts -> how much each shows each trait (n, 10), numpy: log-odds."""
-        return (features(texts, self.vocabulary) @ self.W + self.b).double().numpy()
+        x = features(texts, self.vocabulary)
+        log_odds = x @ self.W + self.b
+        return log_odds.double().numpy()
 
 
 def train_reader(texts, p, penalty):
     """Texts and their p (n, 10), numpy -> Reader."""
     vocabulary = make_vocabulary(texts)
     x = features(texts, vocabulary)
-    W, b = fit_logistic(x, torch.tensor(p, dtype=torch.float32), penalty)
+    p = torch.tensor(p, dtype=torch.float32)
+    W, b = fit_logistic(x, p, penalty)
     return Reader(vocabulary, W, b)
 
 
@@ -119,9 +125,12 @@ def choose_penalty(texts, p, folds=3):
         for k in range(folds):
             inside = np.flatnonzero(fold != k)
             outside = np.flatnonzero(fold == k)
-            reader = train_reader([texts[i] for i in inside], p[inside], penalty)
-            scores[outside] = reader.scores([texts[i] for i in outside])
-        precision[penalty] = round(float(average_precision(scores, p).mean()), 4)
+            inside_texts = [texts[i] for i in inside]
+            outside_texts = [texts[i] for i in outside]
+            reader = train_reader(inside_texts, p[inside], penalty)
+            scores[outside] = reader.scores(outside_texts)
+        mean = average_precision(scores, p).mean()
+        precision[penalty] = round(float(mean), 4)
     return max(precision, key=precision.get), precision
 
 
@@ -150,13 +159,14 @@ def write_answers(model, prompts, w, args, max_new_tokens):
     Every row of the table draws with the same seed, temperature and top_p.
     """
     # like lengths side by side: the rows of a batch then end at about the same time
-    order = like_lengths([len(prompt) for prompt in prompts], len(prompts))[0]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if w is not None:
+        w = w[order]
     room = model.base.config.max_position_embeddings - max_new_tokens
-    mixing = None if w is None else w[order]
+    in_order = [prompts[i][-room:] for i in order]
     ids = [[] for _ in prompts]
-    tokens = generate_batch(model.base, [prompts[i][-room:] for i in order], max_new_tokens,
-                            model.tokenizer.stop, mixing, args.temperature, args.top_p, args.seed,
-                            rows=32)
+    tokens = generate_batch(model.base, in_order, max_new_tokens, model.tokenizer.stop, w,
+                            args.temperature, args.top_p, args.seed, rows=32)
     for k, token in tokens:
         if token is not None:
             ids[order[k]].append(token)
@@ -174,12 +184,12 @@ def answer_by_prompting(model, queries, args):
 
     The response counts; where it does not keep to the format, all that it wrote.
     """
-    prompts = []
-    for query in queries:
-        prompts.append(model.tokenizer.encode_prompt(cot_prompt(query)))
+    prompts = [model.tokenizer.encode_prompt(cot_prompt(query)) for query in queries]
     context = model.base.config.max_position_embeddings
-    room = context - max(len(prompt) for prompt in prompts)
-    max_new_tokens = min(args.max_new_tokens + STEPS, max(room, context // 4))
+    longest = max(len(prompt) for prompt in prompts)
+    # a prompt that fills the context is cut on the left, so that some room is left to answer in
+    room = max(context - longest, context // 4)
+    max_new_tokens = min(args.max_new_tokens + STEPS, room)
     answers = write_answers(model, prompts, None, args, max_new_tokens)
     return [cot_response(answer) for answer in answers]
 
@@ -190,10 +200,13 @@ def oracle_weights(p, device):
     return w / w.sum(dim=1, keepdim=True)
 
 
-def run_answers(run, queries, p, args, device, dtype, with_base):
-    """Yield (row's name, answers) for a run, after those of its bare base if asked for."""
+def run_answers(run, held, args, device, dtype, with_base):
+    """Yield (row's name, answers to the held-out records' queries) for a run, after those of its
+    bare base if asked for.
+    """
     model, _ = load_run(run, device, dtype)
     name = Path(run).name
+    queries = [record["query"] for record in held]
     if with_base:
         yield "bare base", answer_queries(model, queries, None, args)
         yield "Persona-CoT prompting", answer_by_prompting(model, queries, args)
@@ -204,7 +217,7 @@ def run_answers(run, queries, p, args, device, dtype, with_base):
         for route in ("uniform", "random1", "random2"):
             w = model.mixing_weights(queries, route, seed=args.seed)
             yield f"{name}, {route}", answer_queries(model, queries, w, args)
-        w = oracle_weights(p, device)
+        w = oracle_weights(activations(held), device)
         yield f"{name}, oracle", answer_queries(model, queries, w, args)
 
 
@@ -212,25 +225,29 @@ def run_answers(run, queries, p, args, device, dtype, with_base):
 
 def measure_expression(name, scores, p):
     """Scores (n, 10) that a reader gave n answers -> a row of the table."""
+    def mean_auc(records):
+        return np.nanmean(pole_auc(scores[records], p[records]))
+
     precision = average_precision(scores, p)
-    n = len(p)
     return {
         "name": name,
-        "precision": precision,
-        "map": bootstrap(lambda i: precision[i].mean(), n),
-        "auc": bootstrap(lambda i: np.nanmean(pole_auc(scores[i], p[i])), n, draws=300),
+        "precision": precision,             # (n,), for the differences
+        "map": mean_interval(precision),
+        "auc": bootstrap(mean_auc, len(p), draws=300),
     }
 
 
-def yardsticks(reader, training, held, p):
+def yardsticks(reader, training, held):
     """What needs no model: the records' own answers, and what knows nothing of the answer."""
+    p = activations(held)
     rows = []
     for name, key in (("the records' responses", "response"),
                       ("the records' plain answers", "naive_response")):
         scores = reader.scores([record[key] for record in held])
         rows.append(measure_expression(name, scores, p))
-    prior = activations(training).mean(axis=0)
-    rows.append(measure_expression("always the commonest traits", np.tile(prior, (len(p), 1)), p))
+    commonest = activations(training).mean(axis=0)
+    scores = np.tile(commonest, (len(p), 1))
+    rows.append(measure_expression("always the commonest traits", scores, p))
     return rows
 
 
@@ -241,40 +258,51 @@ def expression(args, device, dtype):
     """
     training, held = split_data(read_settings(args.run[0]))
     reader, cross_validation = reader_of(training)
-    queries = [record["query"] for record in held]
-    p = activations(held)
-    rows = yardsticks(reader, training, held, p)
-
+    rows = yardsticks(reader, training, held)
     reference = None
-    samples = {}
+    written = {}
     for run in args.run:
-        for name, answers in run_answers(run, queries, p, args, device, dtype, run == args.run[0]):
-            rows.append(measure_expression(name, reader.scores(answers), p))
-            samples[name] = answers
+        first = run == args.run[0]
+        for name, answers in run_answers(run, held, args, device, dtype, with_base=first):
+            rows.append(measure_expression(name, reader.scores(answers), activations(held)))
+            written[name] = answers
         if read_settings(run)["variant"] == "cot-finetuned":
             reference = rows[-1]
+    add_differences(rows, reference)
+    if args.json:
+        result = {"records": len(held), "cross_validation": cross_validation, "rows": rows,
+                  "answers": written}
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+        return
+    best = max(cross_validation.values())
+    print(f"{len(held)} held-out queries. A reader that knows {len(reader.vocabulary):,} words and "
+          f"pairs (mean average precision {best:.3f}\nin cross-validation over the training "
+          "responses) reads the answers; in brackets 95% intervals, by bootstrap over\nthe "
+          f"records. Answers: at most {args.max_new_tokens} tokens, temperature "
+          f"{args.temperature}, top-p {args.top_p}, seed {args.seed}.\n")
+    print_expression(rows, reference)
+
+
+def add_differences(rows, reference):
+    """Each row's difference to the reference, if there is one, on the same records for both: the
+    interval is a paired one.
+    """
     for row in rows:
         if reference and row is not reference:
-            # the same records for both, so that the interval is a paired one
             change = row["precision"] - reference["precision"]
-            row["difference"] = bootstrap(lambda i: change[i].mean(), len(change))
+            row["difference"] = mean_interval(change)
     for row in rows:
         del row["precision"]
 
-    if args.json:
-        print(json.dumps({"records": len(p), "cross_validation": cross_validation, "rows": rows,
-                          "answers": samples}, indent=1, ensure_ascii=False))
-        return
-    best = max(cross_validation.values())
-    print(f"{len(p)} held-out queries. A reader that knows {len(reader.vocabulary):,} words and "
-          f"pairs (mean average precision\n{best:.3f} in cross-validation over the training "
-          "responses) reads the answers; in brackets 95% intervals,\nby bootstrap over the "
-          f"records. Answers: {args.max_new_tokens} tokens at most, temperature "
-          f"{args.temperature}, top-p {args.top_p}, seed {args.seed}.\n")
+
+def print_expression(rows, reference):
     header = ["answers of", "mean average precision", "mean AUC"]
-    lines = [[row["name"], shown(row["map"], 3), shown(row["auc"], 3)] for row in rows]
     if reference:
         header.append(f"difference to {reference['name']}")
-        for line, row in zip(lines, rows):
-            line.append(shown_difference(row.get("difference"), 3))
+    lines = []
+    for row in rows:
+        cells = [row["name"], shown(row["map"], 3), shown(row["auc"], 3)]
+        if reference:
+            cells.append(shown_difference(row.get("difference"), 3))
+        lines.append(cells)
     print_table(header, lines)

@@ -29,6 +29,13 @@ from plumbing import HERE, UserError, atomic_write, read_lines, run_program
 # a colour for each trait; legible on white, and told apart by most who are colour-blind
 COLOURS = ["#0072b2", "#e69f00", "#cc79a7", "#009e73", "#d55e00"]
 GREY = "#b8b8b8"
+# a loss of metrics.jsonl -> its label and colour
+LOSSES = {
+    "lm": ("L_lm, per token", COLOURS[0]),
+    "contrastive": ("L_contrastive", COLOURS[4]),
+    "trait": ("L_trait", COLOURS[3]),
+}
+STAGES = {1: "stage 1: experts", 2: "stage 2: router", 3: "stage 3: joint"}
 # how many last steps a curve's value is the mean of
 SMOOTHED = 5
 
@@ -59,11 +66,13 @@ def import_pyplot():
 
 def save(figure, path):
     with atomic_write(path) as tmp:
+        # without the date, which would make equal pictures differ
         figure.savefig(tmp, format="svg", bbox_inches="tight", metadata={"Date": None})
-    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+    kilobytes = path.stat().st_size / 1000
+    print(f"{path}: {kilobytes:.0f} kB")
 
 
-# -------------------------------------------------------------------------------- the control matrix
+# ------------------------------------------------------------------------------- the control matrix
 
 def draw_control(pyplot, matrix):
     """matrix (10, 10) of `control_matrix`: experts in rows, poles in columns."""
@@ -72,22 +81,22 @@ def draw_control(pyplot, matrix):
     mesh = axes.pcolormesh(matrix, cmap="RdBu", vmin=-limit, vmax=limit, edgecolors="white")
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
-            dark = abs(value) > 0.6 * limit
+            # white on the darkest fields only
+            colour = "white" if abs(value) > 0.6 * limit else "black"
+            weight = "bold" if i == j else "normal"
             axes.text(j + 0.5, i + 0.5, f"{100 * value:+.0f}", ha="center", va="center",
-                      fontsize=8, color="white" if dark else "black",
-                      fontweight="bold" if i == j else "normal")
-    places = np.arange(len(TRAITS)) + 0.5
-    axes.set_xticks(places, SHORT)
-    axes.set_yticks(places, TRAITS)
+                      fontsize=8, color=colour, fontweight=weight)
+    centres = np.arange(len(TRAITS)) + 0.5
+    axes.set_xticks(centres, SHORT)
+    axes.set_yticks(centres, TRAITS)
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.set_xlabel("records that call for this pole")
     axes.set_ylabel("expert, alone")
     axes.set_title("How much lower than the mean expert's is its loss?\n"
                    "hundredths of a nat a token, held-out records", fontsize=10)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    figure.colorbar(mesh, shrink=0.8).ax.tick_params(labelsize=7)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(mesh, shrink=0.8)
     return figure
 
 
@@ -101,7 +110,8 @@ def two_axes(h, e):
     e = F.normalize(e, dim=-1)
     centre = e.mean(dim=0)
     _, _, axes = torch.linalg.svd(e - centre, full_matrices=False)      # (E, d), longest first
-    return (h - centre) @ axes[:2].T, (e - centre) @ axes[:2].T
+    plane = axes[:2].T                                                  # (d, 2)
+    return (h - centre) @ plane, (e - centre) @ plane
 
 
 def draw_map(pyplot, h, e, p):
@@ -109,17 +119,18 @@ def draw_map(pyplot, h, e, p):
     figure, panels = pyplot.subplots(1, 5, figsize=(12, 2.9), sharex=True, sharey=True)
     for trait, axes in enumerate(panels):
         colour = COLOURS[trait]
-        high = p[:, 2 * trait] == 1
-        low = p[:, 2 * trait + 1] == 1
-        neither = ~(high | low)
-        axes.scatter(*h[neither].T, s=7, color=GREY, linewidths=0)
-        axes.scatter(*h[high].T, s=16, color=colour, linewidths=0, label="high")
-        axes.scatter(*h[low].T, s=14, facecolors="none", edgecolors=colour, label="low")
-        axes.scatter(*e.T, s=22, marker="*", color=GREY)
-        axes.scatter(*e[2 * trait].T, s=150, marker="*", color=colour, edgecolors="black")
-        axes.scatter(*e[2 * trait + 1].T, s=150, marker="*", color="white", edgecolors=colour,
-                     linewidths=1.5)
-        axes.set_title(TRAITS[2 * trait].split()[1], fontsize=10)
+        high = 2 * trait
+        low = high + 1
+        of_high = h[p[:, high] == 1]
+        of_low = h[p[:, low] == 1]
+        # all in grey first, and what has the trait over it
+        axes.scatter(*h.T, s=7, color=GREY, linewidths=0)
+        axes.scatter(*of_high.T, s=16, color=colour, linewidths=0, label="high")
+        axes.scatter(*of_low.T, s=14, color="white", edgecolors=colour, label="low")
+        axes.scatter(*e.T, s=22, marker="*", color="black")
+        axes.scatter(*e[high], s=150, marker="*", color=colour, edgecolors="black")
+        axes.scatter(*e[low], s=150, marker="*", color="white", edgecolors=colour)
+        axes.set_title(TRAITS[high].removeprefix("high "), fontsize=10)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.legend(loc="lower left", fontsize=7, frameon=False, handletextpad=0.1)
@@ -139,25 +150,26 @@ def read_curves(path):
         if "held_out" in metrics:
             continue
         stage = curves.setdefault(metrics["stage"], {})
-        for name in ("lm", "contrastive", "trait"):
+        for name in LOSSES:
             if name in metrics:
                 stage.setdefault(name, []).append(metrics[name])
     return curves
 
 
 def draw_curves(pyplot, curves):
-    titles = {1: "1: experts", 2: "2: router", 3: "3: joint"}
-    labels = {"lm": "L_lm, per token", "contrastive": "L_contrastive", "trait": "L_trait"}
-    colours = {"lm": COLOURS[0], "contrastive": COLOURS[4], "trait": COLOURS[3]}
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(3.4 * len(curves), 2.7),
-                                     squeeze=False)
+    """curves of `read_curves`: a panel for each stage, pale the steps, dark their running mean."""
+    size = (3.4 * len(curves), 2.7)
+    figure, panels = pyplot.subplots(1, len(curves), figsize=size, squeeze=False)
+    window = np.ones(SMOOTHED) / SMOOTHED
     for axes, (stage, losses) in zip(panels[0], sorted(curves.items())):
         for name, values in losses.items():
-            axes.plot(np.arange(1, len(values) + 1), values, color=colours[name], alpha=0.25)
-            smooth = np.convolve(values, np.ones(SMOOTHED) / SMOOTHED, mode="valid")
-            axes.plot(np.arange(SMOOTHED, len(values) + 1), smooth, color=colours[name],
-                      label=labels[name])
-        axes.set_title(f"stage {titles[stage]}", fontsize=10)
+            steps = np.arange(1, len(values) + 1)
+            label, colour = LOSSES[name]
+            axes.plot(steps, values, color=colour, alpha=0.25)
+            if len(values) >= SMOOTHED:
+                smooth = np.convolve(values, window, mode="valid")
+                axes.plot(steps[SMOOTHED - 1:], smooth, color=colour, label=label)
+        axes.set_title(STAGES[stage], fontsize=10)
         axes.set_xlabel("step")
         axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
@@ -171,28 +183,27 @@ def telling_queries(w, count=6):
 
     Whether the weight is right plays no part in the choice. w (n, 10), numpy.
     """
-    chosen = []
-    experts = set()
+    chosen = {}
     for i in np.argsort(-w.max(axis=1)):
-        if w[i].argmax() not in experts:
-            experts.add(w[i].argmax())
-            chosen.append(i)
-    return chosen[:count]
+        expert = w[i].argmax()
+        chosen.setdefault(expert, i)
+    return list(chosen.values())[:count]
 
 
 def draw_bars(pyplot, queries, w, p):
     """Queries (6 strings), their weights (6, 10) and p (6, 10)."""
     figure, panels = pyplot.subplots(2, 3, figsize=(11, 5.4), sharex=True, sharey=True)
     places = np.arange(len(TRAITS))
+    uniform = 1 / len(TRAITS)
     for axes, query, weights, active in zip(panels.flat, queries, w, p):
-        colours = [COLOURS[i // 2] if active[i] else GREY for i in places]
-        axes.barh(places, weights, color=colours)
-        axes.axvline(1 / len(TRAITS), color="black", linewidth=0.6, linestyle=":")
-        lines = textwrap.wrap(query, 46)
-        if len(lines) > 3:
-            lines = [*lines[:2], lines[2] + " ..."]
+        bars = axes.barh(places, weights, color=GREY)
+        for i in np.flatnonzero(active):
+            bars[i].set_color(COLOURS[i // 2])
+        axes.axvline(uniform, color="black", linewidth=0.6, linestyle=":")
+        title = textwrap.fill(query, 46, max_lines=3, placeholder=" ...")
         # a dollar sign would begin a formula
-        axes.set_title("\n".join(lines).replace("$", r"\$"), fontsize=8, loc="left")
+        title = title.replace("$", r"\$")
+        axes.set_title(title, fontsize=8, loc="left")
         axes.set_yticks(places, TRAITS)
         axes.tick_params(axis="y", length=0)
     panels[0][0].invert_yaxis()
@@ -204,15 +215,14 @@ def draw_bars(pyplot, queries, w, p):
 
 # ------------------------------------------------------------------------------------------ the dial
 
-def draw_steering(pyplot, curves):
-    """curves of `measure_steering`: a panel for each pole."""
+def draw_steering(pyplot, dials):
+    """dials of `measure_steering`: a panel for each pole."""
     figure, panels = pyplot.subplots(2, 5, figsize=(12, 4.6), sharex=True, sharey=True)
-    for i, (pole, steps) in enumerate(curves.items()):
+    for i, (pole, dial) in enumerate(dials.items()):
         axes = panels[i % 2][i // 2]
-        of_pole = [losses.mean() for losses in steps["pole"]]
-        of_opposite = [losses.mean() for losses in steps["opposite"]]
-        axes.plot(DIAL, of_pole, "o-", color=COLOURS[i // 2], label=pole, markersize=4)
-        axes.plot(DIAL, of_opposite, "o--", color=GREY, label=TRAITS[OPPOSITE[i]], markersize=4)
+        opposite = TRAITS[OPPOSITE[i]]
+        axes.plot(DIAL, dial["own"], "o-", color=COLOURS[i // 2], label=pole, markersize=4)
+        axes.plot(DIAL, dial["opposite"], "o--", color=GREY, label=opposite, markersize=4)
         axes.set_title(f"expert: {pole}", fontsize=9)
         axes.legend(title="records of", fontsize=6, title_fontsize=6, frameon=False)
     for axes in panels[1]:
@@ -234,18 +244,21 @@ def draw_all(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
-    save(draw_curves(pyplot, read_curves(Path(args.run) / "metrics.jsonl")), out / "curves.svg")
+    curves = read_curves(Path(args.run) / "metrics.jsonl")
+    save(draw_curves(pyplot, curves), out / "curves.svg")
     if model.router:
         h = model.embed([example.query for example in examples])
         places = two_axes(h, model.router.e)
-        save(draw_map(pyplot, *(xy.cpu().numpy() for xy in places), p), out / "map.svg")
+        h_places, e_places = (xy.cpu().numpy() for xy in places)
+        save(draw_map(pyplot, h_places, e_places, p), out / "map.svg")
         w = model.router.weights(h).cpu().numpy()
         chosen = telling_queries(w)
         queries = [records[i]["query"] for i in chosen]
         save(draw_bars(pyplot, queries, w[chosen], p[chosen]), out / "bars.svg")
-    matrix = control_matrix(expert_losses(model, examples), p)
-    save(draw_control(pyplot, matrix), out / "control.svg")
-    save(draw_steering(pyplot, measure_steering(model, examples, p)), out / "steering.svg")
+    losses = expert_losses(model, examples)
+    save(draw_control(pyplot, control_matrix(losses, p)), out / "control.svg")
+    dials = measure_steering(model, examples, p)
+    save(draw_steering(pyplot, dials), out / "steering.svg")
 
 
 def main():

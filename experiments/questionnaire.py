@@ -7,18 +7,16 @@ Each item is put as a statement about the model, and each of five answers, from 
 to "very accurate", gets the probability that the model writes it. Nothing is generated.
 """
 
-import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import TRAITS, Example
 from experiments.control import load_experts_run
-from experiments.statistics import bootstrap, print_table, shown, shown_difference
+from experiments.statistics import mean_interval, print_table, shown_difference
 from lora import merge, unmerge
-from plumbing import HERE
+from plumbing import HERE, read_lines
 
 ITEMS = HERE / "experiments" / "ipip50.tsv"         # trait, key (+ or -), item
 BIG_FIVE = [pole.split()[1] for pole in TRAITS[::2]]
@@ -32,9 +30,12 @@ ANSWERS = ["very inaccurate", "moderately inaccurate", "neither accurate nor ina
 
 def read_items(path=ITEMS):
     """The questionnaire -> a list of (trait, key, statement)."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return [(row["trait"], row["key"], statement(row["item"])) for row in rows]
+    items = []
+    # the first line names the columns
+    for _, line in read_lines(path)[1:]:
+        trait, key, item = line.strip().split("\t")
+        items.append((trait, key, statement(item)))
+    return items
 
 
 def statement(item):
@@ -51,8 +52,9 @@ def score(log_probabilities, key):
     top = log_probabilities.max(axis=1, keepdims=True)
     probabilities = np.exp(log_probabilities - top)
     probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
-    value = probabilities @ np.arange(1, 6)
-    return np.where(np.asarray(key) == "-", 6 - value, value)
+    value = probabilities @ [1, 2, 3, 4, 5]
+    reversed_key = np.array(key) == "-"
+    return np.where(reversed_key, 6 - value, value)
 
 
 def ask(model, items):
@@ -65,8 +67,9 @@ def ask(model, items):
             # to its end token, so that no answer is the beginning of another
             examples.append(Example(prompt, model.tokenizer.encode_answer(answer), [], ()))
     nll, _, _ = model.response_nll(examples, rows=25)
-    log_probabilities = -nll.double().cpu().numpy().reshape(len(items), len(ANSWERS))
-    return score(log_probabilities, [key for _, key, _ in items])
+    log_probabilities = -nll.double().cpu().numpy()
+    keys = [key for _, key, _ in items]
+    return score(log_probabilities.reshape(len(items), len(ANSWERS)), keys)
 
 
 def ask_everyone(model, items):
@@ -87,11 +90,14 @@ def summarise(scores, items):
     traits = np.array([trait for trait, _, _ in items])
     means = {}
     for name, values in scores.items():
-        means[name] = {trait: round(float(values[traits == trait].mean()), 4) for trait in BIG_FIVE}
+        means[name] = {}
+        for trait in BIG_FIVE:
+            mean = values[traits == trait].mean()
+            means[name][trait] = round(float(mean), 4)
     differences = {}
     for trait in BIG_FIVE:
-        change = (scores[f"high {trait}"] - scores[f"low {trait}"])[traits == trait]
-        differences[trait] = bootstrap(lambda i: change[i].mean(), len(change))
+        change = scores[f"high {trait}"] - scores[f"low {trait}"]
+        differences[trait] = mean_interval(change[traits == trait])
     return {"scores": means, "high_minus_low": differences}
 
 
@@ -105,15 +111,17 @@ def questionnaire(args, device, dtype):
     if args.json:
         print(json.dumps(results, indent=1))
         return
-    print("The 50 items of the IPIP Big-Five factor markers, ten a trait, scored from 1 to 5 by the\n"
-          "probabilities of five answers. In brackets 95% intervals, by bootstrap over a trait's\n"
-          "items; = marks a difference smaller than its interval.")
+    print("The 50 items of the IPIP Big-Five factor markers, ten a trait, scored from 1 to 5 by\n"
+          "the probabilities of five answers. In brackets 95% intervals, by bootstrap over a\n"
+          "trait's items; = marks a difference smaller than its interval.")
     for run, result in results.items():
         print(f"\n{run}")
-        print_table(["", *BIG_FIVE],
-                    [[name, *(f"{value:.2f}" for value in means.values())]
-                     for name, means in result["scores"].items()])
+        lines = []
+        for name, means in result["scores"].items():
+            lines.append([name, *(f"{mean:.2f}" for mean in means.values())])
+        print_table(["", *BIG_FIVE], lines)
         print()
-        print_table(["", "its high expert minus its low one"],
-                    [[trait, shown_difference(interval)]
-                     for trait, interval in result["high_minus_low"].items()])
+        lines = []
+        for trait, difference in result["high_minus_low"].items():
+            lines.append([trait, shown_difference(difference)])
+        print_table(["", "its high expert minus its low one"], lines)

@@ -22,12 +22,17 @@ LABELS = ("social_cue", "social_traits", "task_cue", "task_traits")
 
 def shuffle_labels(records, seed):
     """Records -> the same records, those of the training split with each other's labels."""
-    training = [i for i, record in enumerate(records) if not held_out(record["query"])]
-    others = np.random.default_rng(seed).permutation(training)
+    training = []
+    for i, record in enumerate(records):
+        if not held_out(record["query"]):
+            training.append(i)
+    order = np.random.default_rng(seed).permutation(training)
     shuffled = list(records)
-    for i, other in zip(training, others):
-        labels = {key: records[other][key] for key in LABELS if key in records[other]}
-        shuffled[i] = {**records[i], **labels}
+    for i, other in zip(training, order):
+        shuffled[i] = dict(records[i])
+        for key in LABELS:
+            if key in records[other]:
+                shuffled[i][key] = records[other][key]
     return shuffled
 
 
@@ -40,12 +45,14 @@ def main():
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     records = shuffle_labels(load_records(args.data), args.seed)
+    lines = []
+    for record in records:
+        # p follows from the traits: who reads the file makes it anew
+        del record["p"]
+        lines.append(json.dumps(record, ensure_ascii=False))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(args.out) as tmp, open(tmp, "w", encoding="utf-8") as file:
-        for record in records:
-            # p follows from the traits, and what reads the file makes it anew
-            del record["p"]
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    with atomic_write(args.out) as tmp:
+        tmp.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{args.out}: {len(records)} records")
 
 

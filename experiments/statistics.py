@@ -34,6 +34,11 @@ def bootstrap(statistic, n, draws=1000):
     return [round(float(x), 4) for x in (value, low, high)]
 
 
+def mean_interval(values):
+    """[mean, low, high] of values (n,), one of each record."""
+    return bootstrap(lambda records: values[records].mean(), len(values))
+
+
 def shown(interval, digits=2):
     """[0.71, 0.64, 0.78] -> "0.71 [0.64, 0.78]"; "" where there is none."""
     if not interval:

@@ -30,9 +30,9 @@ P = np.array([[1, 0, 0, 0, 0, 0, 0, 0, 0, 1],
 
 
 def test_the_expert_of_an_active_pole_wins_ties_or_loses():
-    wins = control.pole_wins(LOSSES, P)
-    assert wins[0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]       # 1.0 < 2.0, but 4.0 > 3.0
-    assert wins[1].tolist() == [0, 0.5, 0, 0, 0, 0, 0, 0, 0, 0]     # 2.0 = 2.0
+    wins = control.pole_wins(LOSSES)
+    assert wins[0].tolist() == [1, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 1, 0]
+    assert wins[1].tolist() == [0.5] * 10
 
 
 def test_ranks_count_lower_losses_and_share_places():
@@ -49,7 +49,7 @@ def test_accuracy_and_rank_of_the_hand_made_case():
     assert result["by_pole"]["high openness"]["accuracy"] == [100, 100, 100]
     assert result["by_pole"]["low openness"]["accuracy"][0] == 50
     assert result["by_pole"]["low neuroticism"]["rank"][0] == 4
-    assert result["by_pole"]["low neuroticism"]["records"] == 1
+    assert result["by_pole"]["low neuroticism"]["pairs"] == 1
 
 
 def test_the_matrix_compares_with_the_mean_expert():
@@ -68,11 +68,13 @@ def test_the_dial_shares_what_is_left():
 
 
 def test_gain_of_a_turn_is_what_the_pole_gains_over_its_opposite():
-    steps = {"pole": [np.array([3.0, 5.0]), np.array([2.0, 5.0]), np.array([1.0, 4.0])],
-             "opposite": [np.array([4.0]), np.array([4.5]), np.array([4.5])]}
-    result = control.summarise_steering(steps)
-    assert result["pole"] == [4, 3.5, 2.5] and result["opposite"] == [4, 4.5, 4.5]
-    assert result["gain"][0] == pytest.approx(1.5 + 0.5) and result["rising"] == 2
+    own = np.array([1, 0, 1, 0])
+    opposite = np.array([0, 1, 0, 0])
+    # three steps of two own records, one of the opposite and one that was not measured
+    losses = np.array([[3.0, 4.0, 5.0, np.nan], [2.0, 4.5, 5.0, np.nan], [1.0, 4.5, 4.0, np.nan]])
+    dial = control.measure_dial(losses, own, opposite)
+    assert dial["own"] == [4, 3.5, 2.5] and dial["opposite"] == [4, 4.5, 4.5]
+    assert dial["gain"][0] == pytest.approx(1.5 + 0.5) and dial["rising"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +109,8 @@ def test_control_and_steering_of_a_run(run, capsys):
     control.steering(arguments(run), CPU, torch.float32)
     result = json.loads(capsys.readouterr().out)
     curves = result["runs"][str(run)]
-    # with nothing of one expert left over, all poles end where their expert stands alone
-    assert set(curves) == set(TRAITS) and all(len(c["pole"]) == len(result["dial"]) for c in curves.values())
+    assert set(curves) == set(TRAITS)
+    assert all(len(dial["own"]) == len(dial["opposite"]) == len(result["dial"]) for dial in curves.values())
 
 
 def test_a_baseline_has_no_experts_to_compare(mini, small_data, tmp_path, capsys):
