@@ -16,7 +16,6 @@ import torch
 
 from data import TRAITS, load_records, make_examples, split
 from experiments.statistics import bootstrap, print_table, shown
-from lora import merge, unmerge
 from personafuse import load_run
 from plumbing import UserError
 
@@ -60,13 +59,9 @@ def activations(records):
 
 
 def losses_at(model, examples, w):
-    """Mixing weights w (E,), the same for all -> each example's loss per token (n,), numpy.
-
-    With the weights merged, ten experts cost what the plain model costs.
-    """
-    originals = merge(model.base, w)
-    nll, counts, _ = model.response_nll(examples)
-    unmerge(model.base, originals)
+    """Mixing weights w (E,), the same for all -> each example's loss per token (n,), numpy."""
+    same_for_all = w.expand(len(examples), -1)                  # (n, E)
+    nll, counts, _ = model.response_nll(examples, same_for_all)
     losses = nll / counts
     return losses.double().cpu().numpy()
 
@@ -74,7 +69,8 @@ def losses_at(model, examples, w):
 def expert_losses(model, examples):
     """The loss per token of each example under each expert alone, w one-hot -> (n, E), numpy."""
     columns = []
-    for one_hot in torch.eye(model.experts, device=model.device):
+    one_hots = torch.eye(model.experts, device=model.device)
+    for one_hot in one_hots:
         columns.append(losses_at(model, examples, one_hot))
     return np.stack(columns, axis=1)
 
@@ -184,7 +180,8 @@ def print_control(results):
               "on the records of each pole (column), in hundredths of a nat a token")
         lines = []
         for pole, row in zip(TRAITS, result["matrix"]):
-            cells = [f"{100 * value:+.0f}" for value in row]
+            hundredths = [100 * value for value in row]
+            cells = [f"{value:+.0f}" for value in hundredths]
             lines.append([pole, *cells])
         print_table(["", *SHORT], lines)
 

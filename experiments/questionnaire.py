@@ -15,7 +15,6 @@ import torch
 from data import TRAITS, Example
 from experiments.control import load_experts_run
 from experiments.statistics import mean_interval, print_table, shown_difference
-from lora import merge, unmerge
 from plumbing import HERE, read_lines
 
 ITEMS = HERE / "experiments" / "ipip50.tsv"         # trait, key (+ or -), item
@@ -57,8 +56,8 @@ def score(log_probabilities, key):
     return np.where(reversed_key, 6 - value, value)
 
 
-def ask(model, items):
-    """The items to the model as it stands -> scores (50,)."""
+def ask(model, items, w=None):
+    """The items to the model with mixing weights w (E,), or to the bare base -> scores (50,)."""
     answers = ", ".join(ANSWERS)
     examples = []
     for _, _, text in items:
@@ -66,7 +65,9 @@ def ask(model, items):
         for answer in ANSWERS:
             # to its end token, so that no answer is the beginning of another
             examples.append(Example(prompt, model.tokenizer.encode_answer(answer), [], ()))
-    nll, _, _ = model.response_nll(examples, rows=25)
+    if w is not None:
+        w = w.expand(len(examples), -1)                         # (n, E), the same for all
+    nll, _, _ = model.response_nll(examples, w)
     log_probabilities = -nll.double().cpu().numpy()
     keys = [key for _, key, _ in items]
     return score(log_probabilities.reshape(len(items), len(ANSWERS)), keys)
@@ -75,10 +76,9 @@ def ask(model, items):
 def ask_everyone(model, items):
     """-> {"bare base": scores (50,), "high openness": ..., ...}, each expert alone at weight 1."""
     scores = {"bare base": ask(model, items)}
-    for pole, one_hot in zip(TRAITS, torch.eye(model.experts, device=model.device)):
-        originals = merge(model.base, one_hot)
-        scores[pole] = ask(model, items)
-        unmerge(model.base, originals)
+    one_hots = torch.eye(model.experts, device=model.device)
+    for pole, one_hot in zip(TRAITS, one_hots):
+        scores[pole] = ask(model, items, one_hot)
     return scores
 
 
