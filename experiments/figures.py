@@ -50,6 +50,10 @@ def import_pyplot():
     matplotlib.rcParams.update({
         "font.size": 9,
         "font.family": "sans-serif",
+        "axes.titlesize": 10,
+        "legend.fontsize": 7,
+        "legend.frameon": False,
+        "lines.markersize": 4,
         # text stays text: small, and searchable
         "svg.fonttype": "none",
         # no random names in the file, so that equal pictures are equal bytes
@@ -62,6 +66,12 @@ def import_pyplot():
     })
     from matplotlib import pyplot
     return pyplot
+
+
+def make_panels(pyplot, rows, columns, width, height):
+    """A figure of some inches -> it, and its panels (rows, columns), which share their axes."""
+    size = (width, height)
+    return pyplot.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
 
 
 def save(figure, path):
@@ -84,7 +94,8 @@ def draw_control(pyplot, matrix):
             # white on the darkest fields only
             colour = "white" if abs(value) > 0.6 * limit else "black"
             weight = "bold" if i == j else "normal"
-            axes.text(j + 0.5, i + 0.5, f"{100 * value:+.0f}", ha="center", va="center",
+            hundredths = f"{100 * value:+.0f}"
+            axes.text(j + 0.5, i + 0.5, hundredths, ha="center", va="center",
                       fontsize=8, color=colour, fontweight=weight)
     centres = np.arange(len(TRAITS)) + 0.5
     axes.set_xticks(centres, SHORT)
@@ -94,13 +105,13 @@ def draw_control(pyplot, matrix):
     axes.set_xlabel("records that call for this pole")
     axes.set_ylabel("expert, alone")
     axes.set_title("How much lower than the mean expert's is its loss?\n"
-                   "hundredths of a nat a token, held-out records", fontsize=10)
+                   "hundredths of a nat a token, held-out records")
     axes.spines[:].set_visible(False)
     figure.colorbar(mesh, shrink=0.8)
     return figure
 
 
-# ----------------------------------------------------------------------------------- the map of h, e
+# ---------------------------------------------------------------------------------- the map of h, e
 
 def two_axes(h, e):
     """Directions of h (n, d) and e (E, d) -> their places (n, 2), (E, 2) on the two axes along
@@ -116,8 +127,8 @@ def two_axes(h, e):
 
 def draw_map(pyplot, h, e, p):
     """h (n, 2), e (10, 2) and p (n, 10): a panel for each trait, all of one projection."""
-    figure, panels = pyplot.subplots(1, 5, figsize=(12, 2.9), sharex=True, sharey=True)
-    for trait, axes in enumerate(panels):
+    figure, panels = make_panels(pyplot, 1, 5, 12, 2.9)
+    for trait, axes in enumerate(panels.flat):
         colour = COLOURS[trait]
         high = 2 * trait
         low = high + 1
@@ -130,10 +141,10 @@ def draw_map(pyplot, h, e, p):
         axes.scatter(*e.T, s=22, marker="*", color="black")
         axes.scatter(*e[high], s=150, marker="*", color=colour, edgecolors="black")
         axes.scatter(*e[low], s=150, marker="*", color="white", edgecolors=colour)
-        axes.set_title(TRAITS[high].removeprefix("high "), fontsize=10)
+        axes.set_title(TRAITS[high].removeprefix("high "))
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.legend(loc="lower left", fontsize=7, frameon=False, handletextpad=0.1)
+        axes.legend(loc="lower left", handletextpad=0.1)
     figure.suptitle("Dots: held-out queries, h. Stars: the ten expert embeddings, e; large, those "
                     "of the trait (filled: high).", fontsize=9, y=-0.01)
     figure.tight_layout()
@@ -158,20 +169,20 @@ def read_curves(path):
 
 def draw_curves(pyplot, curves):
     """curves of `read_curves`: a panel for each stage, pale the steps, dark their running mean."""
-    size = (3.4 * len(curves), 2.7)
-    figure, panels = pyplot.subplots(1, len(curves), figsize=size, squeeze=False)
+    # axes of their own: the stages have different losses
+    figure, panels = pyplot.subplots(1, 3, figsize=(10.2, 2.7))
     window = np.ones(SMOOTHED) / SMOOTHED
-    for axes, (stage, losses) in zip(panels[0], sorted(curves.items())):
-        for name, values in losses.items():
+    for stage, axes in enumerate(panels, 1):
+        for name, values in curves.get(stage, {}).items():
             steps = np.arange(1, len(values) + 1)
             label, colour = LOSSES[name]
             axes.plot(steps, values, color=colour, alpha=0.25)
             if len(values) >= SMOOTHED:
                 smooth = np.convolve(values, window, mode="valid")
                 axes.plot(steps[SMOOTHED - 1:], smooth, color=colour, label=label)
-        axes.set_title(STAGES[stage], fontsize=10)
+                axes.legend()
+        axes.set_title(STAGES[stage])
         axes.set_xlabel("step")
-        axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     return figure
 
@@ -192,7 +203,7 @@ def telling_queries(w, count=6):
 
 def draw_bars(pyplot, queries, w, p):
     """Queries (6 strings), their weights (6, 10) and p (6, 10)."""
-    figure, panels = pyplot.subplots(2, 3, figsize=(11, 5.4), sharex=True, sharey=True)
+    figure, panels = make_panels(pyplot, 2, 3, 11, 5.4)
     places = np.arange(len(TRAITS))
     uniform = 1 / len(TRAITS)
     for axes, query, weights, active in zip(panels.flat, queries, w, p):
@@ -213,18 +224,19 @@ def draw_bars(pyplot, queries, w, p):
     return figure
 
 
-# ------------------------------------------------------------------------------------------ the dial
+# ----------------------------------------------------------------------------------------- the dial
 
 def draw_steering(pyplot, dials):
     """dials of `measure_steering`: a panel for each pole."""
-    figure, panels = pyplot.subplots(2, 5, figsize=(12, 4.6), sharex=True, sharey=True)
+    figure, panels = make_panels(pyplot, 2, 5, 12, 4.8)
     for i, (pole, dial) in enumerate(dials.items()):
         axes = panels[i % 2][i // 2]
+        colour = COLOURS[i // 2]
         opposite = TRAITS[OPPOSITE[i]]
-        axes.plot(DIAL, dial["own"], "o-", color=COLOURS[i // 2], label=pole, markersize=4)
-        axes.plot(DIAL, dial["opposite"], "o--", color=GREY, label=opposite, markersize=4)
-        axes.set_title(f"expert: {pole}", fontsize=9)
-        axes.legend(title="records of", fontsize=6, title_fontsize=6, frameon=False)
+        axes.plot(DIAL, dial["own"], "o-", color=colour, label=pole)
+        axes.plot(DIAL, dial["opposite"], "o--", color=GREY, label=opposite)
+        axes.set_title(f"expert: {pole}")
+        axes.legend(title="records of", title_fontsize=7)
     for axes in panels[1]:
         axes.set_xlabel("weight of the expert")
     for axes in panels[:, 0]:
@@ -237,8 +249,10 @@ def draw_steering(pyplot, dials):
 
 def draw_all(args):
     pyplot = import_pyplot()
-    device = pick_device(args.device, read_settings(args.run)["base"])
-    model, settings = load_experts_run(args.run, device, pick_dtype(args.dtype, device))
+    base = read_settings(args.run)["base"]
+    device = pick_device(args.device, base)
+    dtype = pick_dtype(args.dtype, device)
+    model, settings = load_experts_run(args.run, device, dtype)
     records, examples = held_out_examples(model, settings)
     p = activations(records)
     out = Path(args.out)
@@ -250,13 +264,15 @@ def draw_all(args):
         h = model.embed([example.query for example in examples])
         places = two_axes(h, model.router.e)
         h_places, e_places = (xy.cpu().numpy() for xy in places)
-        save(draw_map(pyplot, h_places, e_places, p), out / "map.svg")
+        figure = draw_map(pyplot, h_places, e_places, p)
+        save(figure, out / "map.svg")
         w = model.router.weights(h).cpu().numpy()
         chosen = telling_queries(w)
         queries = [records[i]["query"] for i in chosen]
-        save(draw_bars(pyplot, queries, w[chosen], p[chosen]), out / "bars.svg")
-    losses = expert_losses(model, examples)
-    save(draw_control(pyplot, control_matrix(losses, p)), out / "control.svg")
+        figure = draw_bars(pyplot, queries, w[chosen], p[chosen])
+        save(figure, out / "bars.svg")
+    matrix = control_matrix(expert_losses(model, examples), p)
+    save(draw_control(pyplot, matrix), out / "control.svg")
     dials = measure_steering(model, examples, p)
     save(draw_steering(pyplot, dials), out / "steering.svg")
 

@@ -46,8 +46,8 @@ def ranking_precision(w, p, seed=0):
     """Average precision (n,) of weights (n, E) against p (n, E); equal weights in random order."""
     # what sorts the weights keeps the order of equal ones, so the columns are shuffled before it
     rng = np.random.default_rng(seed)
-    places = np.arange(w.shape[1])
-    columns = np.array([rng.permutation(places) for _ in w])                    # (n, E)
+    experts = w.shape[1]
+    columns = np.array([rng.permutation(experts) for _ in w])                   # (n, E)
     shuffled_w = np.take_along_axis(w, columns, axis=1)
     shuffled_p = np.take_along_axis(p, columns, axis=1)
     return average_precision(shuffled_w, shuffled_p)
@@ -166,18 +166,20 @@ def routing(args, device, dtype):
 
 def print_routing(results):
     print("Expression: mean average precision of a reader's scores of the answers. Loss: per\n"
-          "token of the records' responses. Share: of the way from the bare base to the oracle, in %.\n"
-          "Ranked: the same weights, dealt to the right experts. In brackets 95% intervals, by\n"
-          "bootstrap over the held-out records.")
+          "token of the records' responses. Share: of the way from the bare base to the oracle,\n"
+          "in %. Ranked: the same weights, dealt to the right experts. In brackets 95% intervals,\n"
+          "by bootstrap over the held-out records.")
     for run, rows in results.items():
         print(f"\n{run}")
         lines = []
         ranked = []
         for row in rows:
+            name = row["name"]
+            largest = row.get("largest", "")
             precision = shown(row.get("map"))
-            lines.append([row["name"], row.get("largest", ""), precision, *gain_cells(row)])
+            lines.append([name, largest, precision, *gain_cells(row)])
             if "ranked" in row:
-                ranked.append([row["name"], *gain_cells(row["ranked"])])
+                ranked.append([name, *gain_cells(row["ranked"])])
         columns = ["expression", "share", "loss", "share"]
         print_table(["", "largest weight", "router mAP", *columns], lines)
         print()

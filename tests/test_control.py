@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from collections import Counter
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from conftest import fails_in_one_line, program, train_arguments
 from data import TRAITS, held_out, load_records
-from experiments import control
+from experiments import control, figures
 from lora import lora_layers, merge, unmerge
 from personafuse import load_run
 from plumbing import run_program
@@ -137,3 +138,33 @@ def test_shuffled_labels(small_data, tmp_path):
     assert moved > len(before) / 2
     assert Counter(r["p"] for r in after) == Counter(r["p"] for r in before)
     assert fails_in_one_line(program("experiments.shuffle", "--data", tmp_path / "none.jsonl", "--out", out), "none.jsonl")
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+def test_two_axes_keep_what_sets_the_experts_apart():
+    e = torch.eye(4)[:3] * torch.tensor([[1.0], [5.0], [2.0]])
+    h = torch.tensor([[0.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    h_places, e_places = figures.two_axes(h, e)
+    # lengths play no part: the three directions stand at equal distances, and the first h on e_1
+    distances = (e_places[[0, 1, 2]] - e_places[[1, 2, 0]]).norm(dim=1)
+    assert torch.allclose(distances, torch.full((3,), 2.0).sqrt(), atol=1e-5)
+    assert torch.allclose(h_places[0], e_places[1], atol=1e-5)
+
+
+def test_telling_queries_are_the_sharpest_of_different_experts():
+    w = np.array([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
+    assert figures.telling_queries(w, 2) == [1, 2] and figures.telling_queries(w, 6) == [1, 2, 3]
+
+
+def test_pictures_of_a_run(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = program("experiments.figures", "--run", run, "--out", tmp_path / "new", "--dtype", "fp32")
+    assert result.returncode == 0, result.stderr
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    assert set(pictures) == {"control.svg", "map.svg", "curves.svg", "bars.svg", "steering.svg"}
+    for name, picture in pictures.items():
+        assert len(picture) < 100_000, name
+        ElementTree.fromstring(picture)
+    for text in (b"high openness", b"O+"):
+        assert text in pictures["control.svg"]
