@@ -43,11 +43,12 @@ def parse_arguments():
                                         "ordinary checkpoint, and answer nothing")
     add("--json", action="store_true", help="print a JSON object: query, weights, response")
     add("--max-new-tokens", type=int, default=200)
-    add("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
-    add("--top-p", type=float, default=1.0,
-        help="draw from the likeliest tokens that hold this probability")
+    # small models repeat themselves when they always take the likeliest token
+    add("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    add("--top-p", type=float, default=0.9, help="draw from the likeliest tokens that hold this "
+                                                 "probability (default: 0.9)")
     add("--repetition-penalty", type=float, default=1.0,
-        help="make tokens that were there before less likely; 1 does not")
+        help="makes tokens that were there before less likely (default: 1, which does not)")
     add("--seed", type=int, default=0)
     add("--device", default="auto")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
@@ -127,8 +128,10 @@ def weights_for(model, query, setting, seed):
 
 
 def print_weights(w):
+    """The weights as bars, the largest first; a bar of four is the tenth that each would have."""
     for i in w.argsort(descending=True).tolist():
-        print(f"  {TRAITS[i]:22} {w[i]:.3f} {'█' * round(40 * w[i].item())}")
+        if w[i] > 0:
+            print(f"  {TRAITS[i]:22} {w[i]:.3f} {'█' * round(40 * w[i].item())}")
     print()
 
 

@@ -2,7 +2,11 @@
 
 import json
 import os
+import pty
 import shutil
+import subprocess
+import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from conftest import GREEDY, ROOT, fails_in_one_line, program
 
 from data import TRAITS
 from personafuse import load_run
+from sample import answer_turn
 from test_llama import plain_greedy
 
 
@@ -109,3 +114,71 @@ def test_bad_input_ends_in_one_line(run, mini, tmp_path):
     path = broken / "low_openness" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     assert fails_in_one_line(sample("hi", "--run", broken), path)
+
+
+# ------------------------------------------------------------------------------------------------------- conversation
+
+def converse(run, *lines, arguments=()):
+    """Type lines into `python sample.py` in a terminal of its own -> all that it showed."""
+    command = [sys.executable, "sample.py", "--run", str(run), *map(str, GREEDY), "--max-new-tokens", "8", *map(str, arguments)]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    waiting = list(lines)
+    while True:
+        try:
+            chunk = os.read(ours, 4096)
+        except OSError:                                 # the terminal closes with the program
+            break
+        if not chunk:
+            break
+        shown += chunk
+        if shown.endswith(b"you: ") and waiting:
+            os.write(ours, waiting.pop(0).encode() + b"\n")
+        elif shown.endswith(b"you: "):
+            os.write(ours, b"\x04")                     # Ctrl-D
+    return process.wait(timeout=60), shown.decode().replace("\r\n", "\n")
+
+
+def test_a_conversation_keeps_the_turns_and_obeys_its_commands(run):
+    code, shown = converse(run, "I feel anxious", "Why is that?", "/traits high ego", "/traits low agreeableness=0.5",
+                           "/hello", "/new", "Why is that?", "/route uniform", "ok")
+    assert code == 0, shown
+    turns = shown.split("you: ")
+    assert "unknown trait 'high ego'" in turns[3] and "there is no /hello" in turns[5]
+    bars = [line.split() for line in turns[7].splitlines() if "█" in line]
+    assert [bar[:3] for bar in bars] == [["low", "agreeableness", "0.500"]]
+    assert len([line for line in turns[9].splitlines() if " 0.100 ████" in line]) == 10
+    # the second turn's answer is that of a prompt with the first in it; the router reads the second alone
+    model, _ = load_run(run, torch.device("cpu"), torch.float32)
+    w = model.mixing_weights(["Why is that?"])[0]
+    first = json.loads(program("sample.py", "I feel anxious", "--json", "--run", run, *GREEDY, "--max-new-tokens", 8).stdout)
+    first = first["response"]
+    prompt = model.tokenizer.encode_prompt("Why is that?", [("I feel anxious", first)])
+    with torch.no_grad():
+        ids = plain_greedy(PlainMix(model.base, w), prompt, 8, model.tokenizer.stop)
+    assert model.tokenizer.decode(ids).strip() in turns[2]
+
+
+def test_the_oldest_turns_make_room(run):
+    model, _ = load_run(run, torch.device("cpu"), torch.float32)
+    history = [(f"question {i} " + "word " * 20, "answer " * 20) for i in range(8)]
+    newest = history[-1]
+    args = Namespace(max_new_tokens=8, seed=0, temperature=0.0, top_p=1.0, repetition_penalty=1.0)
+    answer_turn(model, "and now?", history, "none", args)
+    kept = [len(model.tokenizer.encode_prompt("and now?", [newest] * n)) + 8 for n in range(9)]
+    assert 1 <= len(history) < 8 and history[-1] == newest
+    assert kept[len(history)] <= 512 < kept[len(history) + 1]      # no more than had to go, all turns being of one length
+
+
+def test_without_a_terminal_a_query_is_asked_for(run):
+    assert sample("--run", run).returncode == 2
+
+
+def test_weights_by_hand_are_compared_one_under_the_other(run):
+    text = sample("hi", "--run", run, "--compare", "low agreeableness", "--compare", "none").stdout
+    for title, how in (("low agreeableness:", ["--traits", "low agreeableness"]), ("bare base:", ["--route", "none"]),
+                       ("PersonaFuse:", [])):
+        alone = json.loads(sample("hi", "--json", "--run", run, *how).stdout)["response"]
+        assert " ".join([title, *alone.split()]) in " ".join(text.split())
