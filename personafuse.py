@@ -401,7 +401,7 @@ class PersonaFuse(nn.Module):
         """Queries (token ids of encode_query) -> mixing weights w (n, E), Eq. 1."""
         return self.router.weights(self.embed(queries))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def response_nll(self, examples, w=None, rows=16):
         """Eq. 8 example by example, for evaluation; w (n, E), or None for the bare base.
 
@@ -602,7 +602,9 @@ def build(settings, device, dtype, run=None):
     """
     names = settings["names"]
     folder = find_model(settings["base"])
-    base = load_llama(folder, device, dtype, len(names), settings["rank"], settings["lora_alpha"],
+    # a base that processes.shard spreads is mapped on the CPU until then
+    at = torch.device("cpu") if settings.get("shard") else device
+    base = load_llama(folder, at, dtype, len(names), settings["rank"], settings["lora_alpha"],
                       settings["seed"])
     tokenizer = ChatTokenizer(folder)
     check_vocabulary(tokenizer, base, folder)

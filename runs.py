@@ -24,20 +24,20 @@ from plumbing import (HERE, UserError, absolute, atomic_write, default_encoder, 
 # and appendix A
 PRESETS = {
     "tiny": dict(
-        steps1=100, batch1=4, lr1=6e-3,
-        steps2=120, batch2=32, group=4, lr2=2e-3, lr_e=1e-2,
-        steps3=30, batch3=32, lr3=1e-3,
-        margin=0.0, pooling="words", max_length=512, micro_batch=10),
+        steps1=80, batch1=4, lr1=2e-3,
+        steps2=400, batch2=32, group=4, lr2=2e-3, lr_e=1e-2,
+        steps3=20, batch3=32, lr3=1e-3,
+        pooling="words", tau=0.05, margin=0.0, beta=0.1, max_length=512, micro_batch=10),
     "quick": dict(
         steps1=40, batch1=2, lr1=5e-4,
         steps2=60, batch2=32, group=4, lr2=1e-4, lr_e=1e-2,
         steps3=10, batch3=16, lr3=5e-5,
-        margin=0.0, pooling="last", max_length=512, micro_batch=4),
+        pooling="last", tau=0.05, margin=0.0, beta=1.0, max_length=512, micro_batch=4),
     "paper": dict(
         steps1=1000, batch1=256, lr1=1e-4,
         steps2=1500, batch2=64, group=64, lr2=1e-4, lr_e=1e-4,
         steps3=300, batch3=32, lr3=1e-5,
-        margin=0.0, pooling="last", max_length=2048, micro_batch=32),
+        pooling="last", tau=1.0, margin=0.0, beta=1.0, max_length=2048, micro_batch=32),
 }
 
 # what is trained -> the key of the answer that it is trained on; all but the first are baselines
@@ -81,16 +81,18 @@ class Settings:
     rank: int = option(8, "r of each expert")
     lora_alpha: float = option(16, "alpha of each expert; ΔW is scaled by alpha/rank")
     pooling: str = option(None, "what of the encoder's output is h", ["last", "mean", "words"])
-    tau: float = option(1.0, "τ of Eq. 1")
+    tau: float = option(None, "τ of Eq. 1")
     margin: float = option(None, "m of Eq. 3")
     loss_alpha: float = option(1.0, "α of Eq. 6, the weight of L_contrastive")
-    beta: float = option(1.0, "β of Eq. 6, the weight of L_trait")
+    beta: float = option(None, "β of Eq. 6, the weight of L_trait")
     gamma: float = option(0.2, "γ of Eq. 2, the weight of L_router")
     clip: float = option(1.0, "largest gradient norm, in stage 1 of each expert")
     # the machine
     max_length: int = option(None, "tokens of prompt and response; longer responses are cut")
     micro_batch: int = option(None, "rows that go through the base at a time")
     checkpointing: bool = option(False, "recompute activations in the backward pass")
+    shard: bool = option(False, "share the frozen base among the processes of torchrun, for one "
+                                "that does not fit a GPU")
     held_out: int = option(512, "held-out records to evaluate on; 0: all")
     device: str = option("auto", "cuda, mps or cpu (auto: the first of these that is here; "
                                  "cpu for --base tiny)")
@@ -103,7 +105,7 @@ class Settings:
     data_sha256: str = ""                               # of the data file
 
 
-NOT_SAVED = {"stage", "resume", "preset"}
+NOT_SAVED = {"stage", "resume", "preset", "shard"}
 FREE_ON_RESUME = {"device", "micro_batch", "checkpointing", "save_every", "out"}
 AT_LEAST_ONE = ("batch1", "batch2", "batch3", "group", "rank", "micro_batch", "save_every")
 AT_LEAST_ZERO = ("steps1", "steps2", "steps3", "held_out")

@@ -13,7 +13,6 @@
     3 joint    experts, encoder, embeddings   --batch3 records                      Eq. 2, w of Eq. 1
 """
 
-import os
 import signal
 import time
 from dataclasses import asdict
@@ -29,6 +28,8 @@ from lora import clip_experts
 from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, trait_loss
 from personafuse import build, pad, pick_device, pick_dtype, response_batch
 from plumbing import UserError, run_program
+from processes import (joined_processes, my_share, process_count, process_rank, shard,
+                       sum_over_processes)
 from router import average_precision, pole_auc
 from runs import (VARIANTS, load_state, log, open_run, parse_arguments, read_examples, save_run,
                   save_state, state_file, trainable, write_examples)
@@ -69,9 +70,8 @@ def response_loss(model, batch, w, settings):
     that the caller's loss.backward() carries it on into the router.
     """
     w_leaf = w.detach().requires_grad_()
-    w_leaf.grad = torch.zeros_like(w)           # a process may have no row of a small batch
     lm = torch.zeros((), device=model.device)
-    mine = list(range(process_rank(), len(batch.examples), process_count()))
+    mine, counts = my_share(len(batch.examples))
     for start in range(0, len(mine), settings.micro_batch):
         part = mine[start:start + settings.micro_batch]
         examples = [batch.examples[i] for i in part]
@@ -80,7 +80,9 @@ def response_loss(model, batch, w, settings):
         # only positions that predict a response token pay for logits
         response = targets >= 0
         logits = model.base.logits(hidden[response])                                # (N, V)
-        token_weight = [batch.token_weight[i] for i in part for _ in batch.examples[i].answer]
+        token_weight = []
+        for i, count in zip(part, counts[start:]):
+            token_weight += [batch.token_weight[i] * count] * len(batch.examples[i].answer)
         token_weight = torch.tensor(token_weight, device=model.device)              # (N,)
         loss = lm_loss(logits, targets[response], token_weight)
         loss.backward()
@@ -91,25 +93,7 @@ def response_loss(model, batch, w, settings):
     return lm + ((w - w.detach()) * w_leaf.grad).sum()
 
 
-# --------------------------------------------------------------------------------------- processes
-
-def process_rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def process_count():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_processes(tensors):
-    """Add each tensor up over all processes, in place.
-
-    Plain all-reduce rather than DistributedDataParallel: the few trained tensors need it once.
-    """
-    if process_count() > 1:
-        for t in tensors:
-            dist.all_reduce(t)
-
+# -------------------------------------------------------------------------- signals and gradients
 
 def gradient_of(t):
     """A parameter's gradient; zeros where this process had no row that reached it."""
@@ -125,17 +109,6 @@ def average_router_gradients(model, stage):
         sum_over_processes(gradients)
         for gradient in gradients:
             gradient /= process_count()
-
-
-def start_processes(settings):
-    """The device of this process; under torchrun also the group that it is one of."""
-    device = pick_device(settings.device, settings.base)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                # torchrun sets it
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
 
 
 def watch_signals():
@@ -154,9 +127,9 @@ def watch_signals():
     return received
 
 
-def interrupted(received, device):
+def interrupted(received):
     """Whether a signal came to this process or to any other."""
-    count = torch.tensor(float(len(received)), device=device)
+    count = torch.tensor(float(len(received)))
     sum_over_processes([count])
     return count.item() > 0
 
@@ -196,6 +169,8 @@ def run_stage(model, stage, first_step, examples, settings, received):
         loss.backward()
         average_router_gradients(model, stage)
         norm = clip_gradients(model, stage, settings)
+        # a signal to one process stops all of them at this step
+        stop = interrupted(received)
         losses = {name: value.item() for name, value in losses.items()}
         check_finite(losses, norm, stage, step, path)
 
@@ -204,8 +179,6 @@ def run_stage(model, stage, first_step, examples, settings, received):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # a signal to one process stops all of them at this step
-        stop = interrupted(received, model.device)
         if is_main:
             tokens_per_s = batch_tokens(batch, stage) / (time.time() - began)
             report(progress, stage, step, losses, norm, optimizer, tokens_per_s, settings)
@@ -285,32 +258,51 @@ def report(progress, stage, step, losses, norm, optimizer, tokens_per_s, setting
 
 # ------------------------------------------------------------------------------ held-out evaluation
 
-def evaluate(model, examples, training, settings, loss_base, with_router):
+def held_out_loss(model, examples, w, received, what):
+    """The response loss per token with mixing weights w (n, E), or None for the bare base.
+
+    Each process scores its share of the examples, like lengths together.
+    """
+    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+    mine, counts = my_share(len(examples))
+    total = torch.zeros(2, device=model.device)
+    progress = tqdm(range(0, len(mine), 16), f"held out, {what}", leave=False,
+                    disable=process_rank() > 0)
+    for start in progress:
+        if interrupted(received):
+            progress.close()
+            raise UserError("interrupted in the evaluation; the stage is saved: "
+                            "the same command with --resume goes on")
+        part = [order[k] for k in mine[start:start + 16]]
+        count = torch.tensor(counts[start:start + 16], device=model.device)
+        nll, tokens, _ = model.response_nll([examples[i] for i in part],
+                                            None if w is None else w[part])
+        total += torch.stack([(nll * count).sum(), (tokens * count).sum()])
+    sum_over_processes([total])
+    return round((total[0] / total[1]).item(), 4)
+
+
+def evaluate(model, examples, training, settings, loss_base, with_router, received):
     """The held-out examples after a stage -> a dict of figures.
 
     The response loss per token with and without experts, and how well the router's weights rank
     the right experts, beside rankings that know nothing of the query.
     """
-    # each process scores its share of the examples
-    mine = slice(process_rank(), None, process_count())
-
-    def loss(w):
-        nll, counts, _ = model.response_nll(examples[mine], None if w is None else w[mine])
-        total = torch.stack([nll.sum(), counts.sum()])
-        sum_over_processes([total])
-        return round((total[0] / total[1]).item(), 4)
+    def loss(w, what):
+        return held_out_loss(model, examples, w, received, what)
 
     p = np.array([example.p for example in examples])                               # (n, E)
-    metrics = {"loss_base": loss_base or loss(None)}
+    metrics = {"loss_base": loss_base or loss(None, "bare base")}
     if len(settings.names) == 1:
-        return metrics | {"loss_lora": loss(torch.ones(len(examples), 1, device=model.device))}
+        w = torch.ones(len(examples), 1, device=model.device)
+        return metrics | {"loss_lora": loss(w, "one LoRA")}
     oracle = torch.tensor(p / p.sum(axis=1, keepdims=True), dtype=torch.float32)
-    metrics["loss_oracle"] = loss(oracle.to(model.device))
+    metrics["loss_oracle"] = loss(oracle.to(model.device), "experts mixed by p")
     if not with_router:
         return metrics
 
     w = model.route([example.query for example in examples])                        # (n, E)
-    metrics["loss_router"] = loss(w)
+    metrics["loss_router"] = loss(w, "router")
     w = w.cpu().numpy()
     metrics["map"] = round(average_precision(w, p).mean(), 4)
     auc = pole_auc(w, p)
@@ -343,7 +335,13 @@ def print_evaluation(metrics, n):
 
 def main():
     settings = parse_arguments(__doc__)
-    device = start_processes(settings)
+    device = pick_device(settings.device, settings.base)
+    with joined_processes(device) as device:
+        run_stages(settings, device)
+
+
+def run_stages(settings, device):
+    """The run that the settings describe, from the data to the finished folder."""
     is_main = process_rank() == 0
     received = watch_signals()
 
@@ -364,6 +362,8 @@ def main():
     if not training:
         raise UserError(f"{settings.data} has no record to train on")
     model = build(asdict(settings), device, pick_dtype(settings.dtype, device))
+    if settings.shard:
+        shard(model.base, device)
 
     # what earlier stages wrote
     for stage in range(1, first_stage):
@@ -380,7 +380,7 @@ def main():
             save_run(model, settings, with_router)
         if not held_out:
             continue
-        metrics = evaluate(model, held_out, training, settings, loss_base, with_router)
+        metrics = evaluate(model, held_out, training, settings, loss_base, with_router, received)
         loss_base = metrics["loss_base"]
         if is_main:
             print_evaluation(metrics, len(held_out))
@@ -389,8 +389,6 @@ def main():
     if is_main:
         print(f"done: {settings.out}; now: python sample.py --run {settings.out} "
               '"I feel anxious"')
-    if process_count() > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
