@@ -88,15 +88,16 @@ def draw_control(pyplot, matrix):
     """matrix (10, 10) of `control_matrix`: experts in rows, poles in columns."""
     figure, axes = pyplot.subplots(figsize=(6.6, 5.6))
     limit = np.nanmax(np.abs(matrix))
-    mesh = axes.pcolormesh(matrix, cmap="RdBu", vmin=-limit, vmax=limit, edgecolors="white")
+    mesh = axes.pcolormesh(matrix, cmap="RdBu", edgecolors="white")
+    mesh.set_clim(-limit, limit)
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
-            # white on the darkest fields only
-            colour = "white" if abs(value) > 0.6 * limit else "black"
+            dark = abs(value) > 0.6 * limit
+            colour = "white" if dark else "black"
             weight = "bold" if i == j else "normal"
             hundredths = f"{100 * value:+.0f}"
-            axes.text(j + 0.5, i + 0.5, hundredths, ha="center", va="center",
-                      fontsize=8, color=colour, fontweight=weight)
+            axes.text(j + 0.5, i + 0.5, hundredths, color=colour, weight=weight, fontsize=8,
+                      ha="center", va="center")
     centres = np.arange(len(TRAITS)) + 0.5
     axes.set_xticks(centres, SHORT)
     axes.set_yticks(centres, TRAITS)
@@ -114,15 +115,22 @@ def draw_control(pyplot, matrix):
 # ---------------------------------------------------------------------------------- the map of h, e
 
 def two_axes(h, e):
-    """Directions of h (n, d) and e (E, d) -> their places (n, 2), (E, 2) on the two axes along
-    which the ten e differ most.
+    """h (n, d) and e (E, d) -> their places (n, 2), (E, 2) on the two axes along which the ten e
+    differ most.
+
+    Directions only, as in Eq. 4, each less its mean, which all have in common, and the two drawn to
+    one size.
     """
     h = F.normalize(h, dim=-1)
     e = F.normalize(e, dim=-1)
-    centre = e.mean(dim=0)
-    _, _, axes = torch.linalg.svd(e - centre, full_matrices=False)      # (E, d), longest first
-    plane = axes[:2].T                                                  # (d, 2)
-    return (h - centre) @ plane, (e - centre) @ plane
+    h = h - h.mean(dim=0)
+    e = e - e.mean(dim=0)
+    _, _, axes = torch.linalg.svd(e, full_matrices=False)               # (E, d), longest first
+    places = []
+    for points in (h, e):
+        xy = points @ axes[:2].T
+        places.append(xy / xy.square().mean().sqrt())
+    return places
 
 
 def draw_map(pyplot, h, e, p):
@@ -134,19 +142,20 @@ def draw_map(pyplot, h, e, p):
         low = high + 1
         of_high = h[p[:, high] == 1]
         of_low = h[p[:, low] == 1]
-        # all in grey first, and what has the trait over it
-        axes.scatter(*h.T, s=7, color=GREY, linewidths=0)
+        of_neither = h[p[:, high] + p[:, low] == 0]
+        # first what lies at the back
+        axes.scatter(*of_neither.T, s=7, color=GREY, linewidths=0)
         axes.scatter(*of_high.T, s=16, color=colour, linewidths=0, label="high")
         axes.scatter(*of_low.T, s=14, color="white", edgecolors=colour, label="low")
-        axes.scatter(*e.T, s=22, marker="*", color="black")
-        axes.scatter(*e[high], s=150, marker="*", color=colour, edgecolors="black")
-        axes.scatter(*e[low], s=150, marker="*", color="white", edgecolors=colour)
+        star = {"s": 150, "marker": "*"}
+        axes.scatter(*e[high], color=colour, edgecolors="black", **star)
+        axes.scatter(*e[low], color="white", edgecolors=colour, **star)
         axes.set_title(TRAITS[high].removeprefix("high "))
         axes.set_xticks([])
         axes.set_yticks([])
         axes.legend(loc="lower left", handletextpad=0.1)
-    figure.suptitle("Dots: held-out queries, h. Stars: the ten expert embeddings, e; large, those "
-                    "of the trait (filled: high).", fontsize=9, y=-0.01)
+    figure.suptitle("Dots: held-out queries, h, grey where neither pole is called for. Stars: the "
+                    "embeddings e of the trait's two experts.", fontsize=9, y=-0.01)
     figure.tight_layout()
     return figure
 
@@ -263,8 +272,8 @@ def draw_all(args):
     if model.router:
         h = model.embed([example.query for example in examples])
         places = two_axes(h, model.router.e)
-        h_places, e_places = (xy.cpu().numpy() for xy in places)
-        figure = draw_map(pyplot, h_places, e_places, p)
+        places = [xy.cpu().numpy() for xy in places]
+        figure = draw_map(pyplot, *places, p)
         save(figure, out / "map.svg")
         w = model.router.weights(h).cpu().numpy()
         chosen = telling_queries(w)

@@ -144,12 +144,12 @@ def test_shuffled_labels(small_data, tmp_path):
 
 def test_two_axes_keep_what_sets_the_experts_apart():
     e = torch.eye(4)[:3] * torch.tensor([[1.0], [5.0], [2.0]])
-    h = torch.tensor([[0.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    h = torch.tensor([[0.0, 3.0, 0.0, 9.0], [3.0, 0.0, 0.0, 9.0], [0.0, 0.0, 3.0, 9.0]])
     h_places, e_places = figures.two_axes(h, e)
-    # lengths play no part: the three directions stand at equal distances, and the first h on e_1
+    # lengths play no part, nor does what all queries share: three directions at equal distances
     distances = (e_places[[0, 1, 2]] - e_places[[1, 2, 0]]).norm(dim=1)
-    assert torch.allclose(distances, torch.full((3,), 2.0).sqrt(), atol=1e-5)
-    assert torch.allclose(h_places[0], e_places[1], atol=1e-5)
+    assert torch.allclose(distances, distances[0].expand(3), atol=1e-5) and distances[0] > 1
+    assert torch.allclose(h_places, e_places[[1, 0, 2]], atol=1e-5)
 
 
 def test_telling_queries_are_the_sharpest_of_different_experts():
