@@ -19,7 +19,7 @@ class Router(nn.Module):
     expert embeddings. `pooling` says what of the encoder is h:
       "last"   its output at the last real token, as decoder encoders do
       "mean"   the mean of its outputs
-      "words"  the mean of its normalised token embeddings: a bag of words that skips its blocks
+      "words"  the mean of its token embeddings: a bag of words that skips its blocks
     """
 
     def __init__(self, encoder, num_experts=10, tau=1.0, pooling="last", seed=0):
@@ -42,7 +42,8 @@ class Router(nn.Module):
         Padding stands to the right of a causal model, so no real token ever sees it.
         """
         if self.pooling == "words":
-            hidden = self.encoder.norm(self.encoder.embed_tokens(tokens))       # (B, T, d)
+            # not normalised: how much a token weighs is learned with the length of its embedding
+            hidden = self.encoder.embed_tokens(tokens)                          # (B, T, d)
         else:
             hidden = self.encoder(tokens, checkpointing=checkpointing)          # (B, T, d)
         if self.pooling == "last":
