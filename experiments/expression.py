@@ -34,7 +34,7 @@ WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]|\n")
 # rarer words than this, counted in training texts, tell more of their text than of its traits
 MIN_TEXTS = 5
 # strengths of the penalty on the coefficients, from which cross-validation chooses
-PENALTIES = [0.01, 0.03, 0.1, 0.3]
+PENALTIES = [0.003, 0.01, 0.03, 0.1]
 # the tokens that the five steps of Persona-CoT may take before the answer begins
 STEPS = 300
 

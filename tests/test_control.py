@@ -103,12 +103,17 @@ def test_an_expert_alone_is_the_base_with_that_expert_merged(model):
 
 def test_control_and_steering_of_a_run(run, capsys):
     control.control(arguments(run), CPU, torch.float32)
-    result = json.loads(capsys.readouterr().out)[str(run)]
+    results = json.loads(capsys.readouterr().out)
+    control.print_control(results)
+    assert "low neuroticism" in capsys.readouterr().out
+    result = results[str(run)]
     assert result["records"] > 3 and 0 <= result["accuracy"][0] <= 100 and 1 <= result["rank"][0] <= 10
     assert set(result["by_pole"]) == set(TRAITS) and np.shape(result["matrix"]) == (10, 10)
 
     control.steering(arguments(run), CPU, torch.float32)
     result = json.loads(capsys.readouterr().out)
+    control.print_steering(result["runs"])
+    assert "opposite's" in capsys.readouterr().out
     curves = result["runs"][str(run)]
     assert set(curves) == set(TRAITS)
     assert all(len(dial["own"]) == len(dial["opposite"]) == len(result["dial"]) for dial in curves.values())

@@ -113,6 +113,9 @@ def test_expression_of_runs(run, one_lora, small_data, capsys):
     assert len(answers["bare base"]) == len(held) and answers["bare base"] != answers[f"{run.name}, oracle"]
     expression.expression(arguments(run, one_lora), CPU, torch.float32)
     assert json.loads(capsys.readouterr().out)["answers"] == answers
+    expression.print_expression(table["rows"], rows["one"])
+    printed = capsys.readouterr().out.splitlines()
+    assert "difference to one" in printed[0] and len(printed) == 2 + len(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- routing
@@ -144,7 +147,11 @@ def test_share_of_the_way():
 
 def test_routing_of_a_run(run, capsys):
     routing.routing(arguments(run, max_new_tokens=4), CPU, torch.float32)
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)[str(run)]}
+    result = json.loads(capsys.readouterr().out)
+    routing.print_routing(result)
+    printed = capsys.readouterr().out
+    assert ", top 3" in printed and "ranked" in printed
+    rows = {row["name"]: row for row in result[str(run)]}
     assert rows["bare base"]["loss_share"][0] == 0 and rows["oracle"]["loss_share"][0] == 100
     assert rows["oracle"]["map"] == [1, 1, 1]
     curve = [rows[f"tau {tau}"] for tau in routing.TAUS]
@@ -152,4 +159,5 @@ def test_routing_of_a_run(run, capsys):
     assert largest == sorted(largest, reverse=True) and all("ranked" in row for row in curve)
     # a temperature changes no order
     assert len({tuple(row["map"]) for row in curve}) == 1
-    assert rows["tau 1.0, top 1"]["largest"] == 1
+    top = [row for name, row in rows.items() if name.endswith(", top 1")]
+    assert len(top) == 1 and top[0]["largest"] == 1
