@@ -6,6 +6,7 @@ With one process every function here says so or does nothing.
 import math
 import os
 import sys
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -92,31 +93,25 @@ def joined_processes(device):
     try:
         yield device
     except Exception as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            error = UserError(f"{lost_process(store, rank, count)}; every process has ended: the "
-                              "same command with --resume goes on from the last saved step")
-        if not is_first(store):
-            sys.exit(2)
-        raise error
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if lost:
+            # close the connections, so that those who wait for this process notice too
+            dist.destroy_process_group()
+        store.set(f"alive {rank}", "")
+        if store.add("errors", 1) > 1:
+            sys.exit(2)                         # another process says what happened
+        if lost:
+            raise UserError(f"process {silent_processes(store, count)} was lost and ended the run: "
+                            "the same command with --resume goes on from the last saved step")
+        raise
     dist.destroy_process_group()
 
 
-def lost_process(store, rank, count):
-    """After a failed exchange: which process does not answer any more, as text."""
-    # close the connections, so that those who wait for this process notice too
-    dist.destroy_process_group()
-    for other in range(count):
-        try:
-            store.set(f"alive {rank}", "")
-            store.wait([f"alive {other}"], timedelta(seconds=10))
-        except dist.DistError:
-            return f"process {other} was lost"
-    return f"the processes lost one another, or one hung for {TIME_LIMIT}"
-
-
-def is_first(store):
-    """Whether no other process has said yet what went wrong."""
-    try:
-        return store.add("errors", 1) == 1
-    except dist.DistError:                      # the machine that holds the store is lost
-        return True
+def silent_processes(store, count):
+    """Which processes do not say within ten seconds that they are there, as text."""
+    end = time.monotonic() + 10
+    while True:
+        silent = [str(rank) for rank in range(count) if not store.check([f"alive {rank}"])]
+        if len(silent) <= 1 or time.monotonic() > end:
+            return ", ".join(silent) or "(it answers again)"
+        time.sleep(0.1)

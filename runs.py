@@ -24,8 +24,8 @@ from plumbing import (HERE, UserError, absolute, atomic_write, default_encoder, 
 # and appendix A
 PRESETS = {
     "tiny": dict(
-        steps1=80, batch1=4, lr1=2e-3,
-        steps2=400, batch2=32, group=4, lr2=2e-3, lr_e=1e-2,
+        steps1=60, batch1=4, lr1=4e-3,
+        steps2=200, batch2=64, group=4, lr2=2e-3, lr_e=1e-2,
         steps3=20, batch3=32, lr3=1e-3,
         pooling="words", tau=0.05, margin=0.0, beta=0.1, max_length=512, micro_batch=10),
     "quick": dict(
@@ -305,10 +305,15 @@ def write_examples(settings, records):
     tensors = {}
     kept = 0
     for side, chosen in (("training", training), ("held_out", held_out)):
-        examples = make_examples(chosen, tokenizer, encoder_tokenizer, settings.max_length,
-                                 VARIANTS[settings.variant])
-        kept += len(examples)
-        tensors |= to_columns(side, examples)
+        # a thousand at a time, for as Python's numbers all of them would take gigabytes
+        parts = []
+        for start in range(0, max(len(chosen), 1), 1000):
+            examples = make_examples(chosen[start:start + 1000], tokenizer, encoder_tokenizer,
+                                     settings.max_length, VARIANTS[settings.variant])
+            parts.append(to_columns(examples))
+        for name in parts[0]:
+            tensors[f"{side}.{name}"] = np.concatenate([part[name] for part in parts])
+        kept += len(tensors[f"{side}.p"])
     left_out = len(training) + len(held_out) - kept
     if left_out:
         print(f"{left_out} of {len(records)} records left out: prompts of --max-length tokens "
@@ -320,13 +325,13 @@ def write_examples(settings, records):
         save_file(tensors, tmp, metadata={"key": key})
 
 
-def to_columns(side, examples):
+def to_columns(examples):
     """Examples -> arrays: the ids of each column end to end, their lengths, and p (n, E)."""
-    arrays = {f"{side}.p": np.array([example.p for example in examples], np.uint8)}
+    arrays = {"p": np.array([example.p for example in examples], np.uint8).reshape(-1, len(TRAITS))}
     for column in COLUMNS:
         rows = [getattr(example, column) for example in examples]
-        arrays[f"{side}.{column}.lengths"] = np.array([len(row) for row in rows], np.int32)
-        arrays[f"{side}.{column}"] = np.array([i for row in rows for i in row], np.int32)
+        arrays[f"{column}.lengths"] = np.array([len(row) for row in rows], np.int32)
+        arrays[column] = np.array([i for row in rows for i in row], np.int32)
     return arrays
 
 

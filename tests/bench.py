@@ -2,8 +2,10 @@
 
     python tests/bench.py                       training step, decoding, router against a bag of words
     python tests/bench.py --load DIR            loading a checkpoint and a first answer, beside transformers
-    python tests/bench.py --memory              memory of training, measured beside the README's formula
-    python tests/bench.py --device cuda         on a GPU
+    python tests/bench.py --memory              memory of training, measured beside the formula of docs/scale.md
+    python tests/bench.py --rehearsal           98,838 records through all parts of a run, in two processes
+    python tests/bench.py --cost                what a full run costs, calculated
+    python tests/bench.py --device cuda         the first two measurements on a GPU
 
 Needs what tests/requirements.txt names.
 """
@@ -28,6 +30,7 @@ import torch.nn.functional as F  # noqa: E402
 from conftest import MINI  # noqa: E402
 
 from bench_generate import generate_throughput, server_throughput  # noqa: E402
+from bench_scale import base_flops, block_parameters, cost, memory_table, rehearsal, training_memory  # noqa: E402
 from data import TRAITS, load_records, split  # noqa: E402
 from lora import lora_layers, merge  # noqa: E402
 from personafuse import Config, generate, load_llama, pick_device, pick_dtype  # noqa: E402
@@ -96,7 +99,9 @@ def peft_model(folder, device, dtype):
     return model
 
 
-def training_step(folder, device, dtype, rows=4, length=256, rounds=5):
+def training_step(folder, device, dtype, rounds=5):
+    # a GPU needs more rows, or the time is that of launching kernels
+    rows, length = (16, 512) if device.type == "cuda" else (4, 256)
     tokens = torch.randint(0, 49152, (rows, length), device=device)
     targets = tokens.roll(-1, dims=1)
     ten, one = (with_experts(folder, device, dtype, n) for n in (10, 1))
@@ -110,8 +115,10 @@ def training_step(folder, device, dtype, rows=4, length=256, rounds=5):
     w = torch.full((rows, 10), 0.1, device=device)
     t_ten, t_one, t_peft = in_turn(rounds, our_step(ten, tokens, targets, w),
                                    our_step(one, tokens, targets, torch.ones(rows, 1, device=device)), peft_step)
-    print(f"training step, {rows} x {length} tokens, {dtype}: ten experts {t_ten:.2f} s; {t_ten / t_one:.2f} of one LoRA "
-          f"({t_one:.2f} s); {t_ten / t_peft:.2f} of peft with ten active adapters ({t_peft:.2f} s)")
+    print(f"training step, {rows} x {length} tokens, {dtype}: ten experts {t_ten:.3f} s; {t_ten / t_one:.2f} of one LoRA "
+          f"({t_one:.3f} s); {t_ten / t_peft:.2f} of peft with ten active adapters ({t_peft:.3f} s)")
+    flops = rows * base_flops(ten.config, 0, length, checkpointing=False)
+    print(f"  {flops / t_ten / 1e12:.2f} TFLOP/s of what the step needs by the formula; divided by the device's peak, its MFU")
 
 
 def decoding(folder, device, dtype, new=64, rounds=5):
@@ -127,6 +134,9 @@ def decoding(folder, device, dtype, new=64, rounds=5):
                                 do_sample=False, pad_token_id=2))
     print(f"decoding {new} tokens with merged experts, {dtype}: {new / t_ours:.1f} tokens/s, {t_theirs / t_ours:.2f} times "
           f"transformers with merged weights ({new / t_theirs:.1f} tokens/s)")
+    c = ours.config
+    weights = (block_parameters(c) * c.num_hidden_layers + c.vocab_size * c.hidden_size) * dtype.itemsize
+    print(f"  {weights * new / t_ours / 1e9:.1f} GB/s of weights read, each once a token")
 
 
 LOADING = """
@@ -193,31 +203,6 @@ def bag_of_words(C=0.3):
     return average_precision((x_held @ W + b).detach().numpy(), np.array([r["p"] for r in held])).mean()
 
 
-def training_memory(c, tokens, response_tokens, a, E=10, r=8, weight_bytes=None, checkpointing=False):
-    """Bytes that a training step of stage 1 takes: (weights, experts with gradients and AdamW's moments, activations).
-
-    c is a Config, a the bytes of an activation (2 for bf16). Kept a token and layer for the backward pass: the inputs and
-    outputs of both norms (4 d), q, k, v, the attention's output before and after its transposition ((3 H + 2 K) c), gate,
-    silu(gate), up and their product (4 f), and A x and w ⊙ A x of seven projections (14 E r). The logits of a response
-    token are there three times: as they come, as fp32 log-softmax, and as gradient.
-    """
-    d, f, heads, kv = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    both = 2 if not c.tie_word_embeddings else 1
-    block = d * (2 * heads + 2 * kv) + 3 * d * f
-    expert = r * (2 * (d + heads) + 2 * (d + kv) + 3 * (d + f))
-    layer = a * (4 * d + 3 * heads + 2 * kv + 4 * f + 14 * E * r)
-    kept = a * d * c.num_hidden_layers + layer if checkpointing else layer * c.num_hidden_layers
-    return ((both * c.vocab_size * d + block * c.num_hidden_layers) * (weight_bytes or a),
-            expert * E * c.num_hidden_layers * 16, tokens * kept + response_tokens * c.vocab_size * (a + 4 + 4))
-
-
-def encoder_memory(c, tokens, a):
-    """Bytes that training the encoder takes: (fp32 weights, gradients and two moments, plus copies of type a; activations)."""
-    d, f, heads, kv = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    count = c.vocab_size * d + c.num_hidden_layers * (d * (2 * heads + 2 * kv) + 3 * d * f)
-    return count * (16 + (a if a < 4 else 0)), tokens * a * c.num_hidden_layers * (4 * d + 3 * heads + 2 * kv + 4 * f)
-
-
 MEASURED = """
 import resource, sys
 sys.path[:0] = [{tests!r}, {root!r}]
@@ -251,30 +236,22 @@ def memory(folder):
               f"measured {measured / 2**30:.2f} GiB, ratio {measured / formula:.2f}")
 
 
-def memory_table():
-    """The README's table: Llama-3.1-8B, ten rank-8 experts, Qwen2.5-0.5B as encoder, bf16."""
-    def config(**shape):
-        return Config(rms_norm_eps=1e-5, max_position_embeddings=8192, rope_theta=1e4, rope_scaling=None, qkv_bias=False,
-                      o_bias=False, **shape)
-    llama = config(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                   num_key_value_heads=8, head_dim=128, tie_word_embeddings=False)
-    qwen = config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-                  num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)
-    print("micro-batch (512 tokens a row, 350 of response, 100 of query) | stage 1 | with --checkpointing | stage 2 | stage 3")
-    for rows in (1, 4, 16):
-        one, slim = (training_memory(llama, rows * 512, rows * 350, 2, checkpointing=k) for k in (False, True))
-        two = encoder_memory(qwen, rows * 100, 2)
-        print(rows, *(f"{sum(x) / 2**30:.1f} GiB" for x in (one, slim, (one[0], *two), (*one, *two))), sep=" | ")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", metavar="DIR")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--rehearsal", action="store_true")
+    parser.add_argument("--cost", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     s = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    if s.device != "cpu" and (s.load or s.memory or s.rehearsal):
+        parser.error("--load, --memory and --rehearsal measure on the CPU")
+    if s.rehearsal:
+        return rehearsal()
+    if s.cost:
+        return cost()
     if s.memory:
         memory_table()
         with tempfile.TemporaryDirectory() as folder:
@@ -282,6 +259,8 @@ def main():
     if s.load:
         return loading(s.load, {"auto": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}[s.dtype])
     device = pick_device(s.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)               # the one that in_turn waits for
     dtype = pick_dtype(s.dtype, device)
     with tempfile.TemporaryDirectory() as folder:
         random_checkpoint(folder)
