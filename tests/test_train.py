@@ -289,20 +289,6 @@ def test_resuming_something_else_is_refused_with_the_difference(run, mini, small
     assert fails_in_one_line(train(mini, small_data, cut, "--resume"), cut / "stage3.safetensors")
 
 
-def test_two_processes_are_one(run, mini, small_data, tmp_path):
-    """torchrun with two gloo processes and micro-batches: the weights of the one-process run, to rounding."""
-    arguments = train_arguments(mini, small_data, tmp_path / "two", "--micro-batch", 3)
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-                             "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *map(str, arguments)],
-                            cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("done:") == 1                                    # one of them speaks
-    one, two = weights(run), weights(tmp_path / "two")
-    for k in one:
-        assert (one[k] - two[k]).abs().max() < 2e-4, k
-    assert max((one[k] - weights(run, 1 if k.startswith("base") else 2)[k]).abs().max() for k in one) > 1e-4
-
-
 def test_nan_in_the_weights_stops_with_stage_and_step(mini, small_data, tmp_path):
     folder = shutil.copytree(mini, tmp_path / "nan")
     tensors = load_file(folder / "model.safetensors")
