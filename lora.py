@@ -18,6 +18,7 @@ from torch import nn
 
 from plumbing import UserError, atomic_write, write_json
 
+# every projection of attention and feed-forward, by the names that peft knows too
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -43,6 +44,8 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight.to(x.dtype), bias)          # (B, T, d)
         if scales is None:
             return y
+        # all ten experts in two products: A x holds ten times `rank` numbers, and an expert is silent
+        # when its own are multiplied by 0
         low = scales * F.linear(x, self.A.to(x.dtype))          # (B, T, E·rank)
         return y + F.linear(low, self.B.to(x.dtype))
 
@@ -51,6 +54,7 @@ def expert_scales(w, rank, alpha, dtype):
     """Mixing weights w (B, E) -> (B, 1, E·rank): each expert's w_i · alpha/rank, for each of its
     rank rows of A x.
     """
+    # alpha/rank keeps the size of ΔW when the rank changes
     scaled = w * (alpha / rank)
     return scaled.repeat_interleave(rank, dim=1)[:, None].to(dtype)
 
@@ -66,6 +70,7 @@ def init_experts(model, seed, device):
 
     So an untrained expert changes nothing.
     """
+    # drawn on the CPU: the same seed gives the same experts on every device
     generator = torch.Generator().manual_seed(seed)
     for _, layer in lora_layers(model):
         bound = 1 / math.sqrt(layer.A.shape[1])
@@ -87,6 +92,7 @@ def merge(model, w):
     scales = expert_scales(w[None], model.rank, model.alpha, torch.float32)[0]      # (1, E·rank)
     for name, layer in lora_layers(model):
         originals[name] = layer.weight
+        # summed in fp32: ten small products would drown in bf16's rounding
         delta = (layer.B * scales) @ layer.A                                        # (d, k), fp32
         merged = delta.add_(layer.weight).to(layer.weight.dtype)
         layer.weight = nn.Parameter(merged, requires_grad=False)
@@ -107,6 +113,7 @@ def clip_experts(model, experts, clip):
 
     Returns the norms before that, (E,).
     """
+    # one expert's gradient lies in every layer, so the norms need all of them first
     gradients = []
     for _, layer in lora_layers(model):
         d = layer.B.shape[0]
@@ -119,6 +126,7 @@ def clip_experts(model, experts, clip):
         square = square + gradient_A.square().sum(dim=1) + gradient_B.square().sum(dim=(0, 2))
     norms = square.sqrt()                                       # (E,)
 
+    # 1e-6 as in torch's own clipping: no division by a norm of 0
     scale = (clip / (norms + 1e-6)).clamp(max=1)[:, None]       # (E, 1)
     for gradient_A, gradient_B in gradients:
         gradient_A.mul_(scale)
@@ -162,6 +170,7 @@ def load_experts(model, names, folder):
             saved = load_file(path)
         except Exception as error:      # safetensors raises its own type, FileNotFoundError, OSError
             raise UserError(f"cannot read the expert {path}: {error}")
+        # the targets are views: copying into them fills the stacked A and B
         for key, target in expert_tensors(model, i).items():
             if key not in saved or saved[key].shape != target.shape:
                 found = tuple(saved[key].shape) if key in saved else "missing"
