@@ -25,7 +25,7 @@ from train import run_stage, stage_loss
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(names=TRAITS, rank=4, lora_alpha=8, tau=1.0, pooling="last", batch1=3, batch2=12, group=4, batch3=10,
-                    margin=0.1, micro_batch=100)
+                    margin=0.1, beta=1.0, micro_batch=100)
 
 
 @pytest.fixture
