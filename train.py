@@ -45,6 +45,7 @@ def stage_loss(model, stage, batch, settings):
         lm = response_loss(model, batch, w, settings)                               # Eq. 8
         return lm, {"lm": lm}
 
+    # queries are short and the encoder small: all of them in one pass, for Eq. 5 compares pairs
     queries, lengths = pad([example.query for example in batch.examples], model.device)
     p = torch.tensor([example.p for example in batch.examples], device=model.device)    # (B, E)
     h = model.router.embed(queries, lengths, settings.checkpointing)                # (B, d)
@@ -56,6 +57,7 @@ def stage_loss(model, stage, batch, settings):
     if stage == 2:
         return router, losses
 
+    # the weights are not detached: L_lm teaches the router too
     w = model.router.weights(h)                                                     # Eq. 1, (B, E)
     lm = response_loss(model, batch, w, settings)                                   # Eq. 8
     joint = joint_loss(lm, router, settings.gamma)                                  # Eq. 2
@@ -71,6 +73,7 @@ def response_loss(model, batch, w, settings):
     """
     w_leaf = w.detach().requires_grad_()
     lm = torch.zeros((), device=model.device)
+    # the base is large: only a few rows at a time go through it
     mine, counts = my_share(len(batch.examples))
     for start in range(0, len(mine), settings.micro_batch):
         part = mine[start:start + settings.micro_batch]
@@ -85,11 +88,13 @@ def response_loss(model, batch, w, settings):
             token_weight += [batch.token_weight[i] * count] * len(batch.examples[i].answer)
         token_weight = torch.tensor(token_weight, device=model.device)              # (N,)
         loss = lm_loss(logits, targets[response], token_weight)
+        # backward now, so that the next part finds the memory free
         loss.backward()
         lm += loss.detach()
 
     gradients = [gradient_of(t) for _, t in trainable(model, stage=1)]
     sum_over_processes([lm, w_leaf.grad, *gradients])
+    # w - w.detach() is 0 with gradient 1: nothing is added to the value, and g arrives at w
     return lm + ((w - w.detach()) * w_leaf.grad).sum()
 
 
@@ -164,7 +169,9 @@ def run_stage(model, stage, first_step, examples, settings, received):
     progress = tqdm(range(first_step, steps), title, steps, initial=first_step, disable=not is_main)
     for step in progress:
         began = time.time()
+        # which records, and what each is taught to: a function of the step alone
         batch = make_batch(stage, step, examples, subsets, groups, settings)
+        # the paper is in stage_loss; backward fills .grad of all that this stage trains
         loss, losses = stage_loss(model, stage, batch, settings)
         loss.backward()
         average_router_gradients(model, stage)
@@ -174,9 +181,11 @@ def run_stage(model, stage, first_step, examples, settings, received):
         losses = {name: value.item() for name, value in losses.items()}
         check_finite(losses, norm, stage, step, path)
 
+        # AdamW moves the weights, at the rate that the schedule has for this step
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, steps)
         optimizer.step()
+        # None rather than zeros: the next backward writes where it would have added
         optimizer.zero_grad(set_to_none=True)
 
         if is_main:
@@ -188,6 +197,7 @@ def run_stage(model, stage, first_step, examples, settings, received):
             progress.close()
             raise UserError(f"interrupted; saved after step {step + 1} of stage {stage}: "
                             "the same command with --resume goes on")
+    # done: the next stage, or a run of it alone, starts from here
     if is_main:
         save_state(path, model, optimizer, stage, steps, True, settings)
 
