@@ -54,19 +54,24 @@ def repeat_records(path):
 
 
 class Stopwatch:
-    """Prints what each part took: its seconds, and the largest memory of this process so far."""
+    """Prints what each part took: its seconds, those of them on a core (all threads together), and the largest memory of
+    this process so far.
+    """
 
     def __init__(self, start):
         self.start = start
-        self.last = time.time()
-        self.part("python and torch started", time.time() - start)
+        self.last = start
+        self.last_cpu = 0
+        self.part("python and torch started")
 
-    def part(self, what, seconds=None):
+    def part(self, what, times=1):
         now = time.time()
-        seconds = now - self.last if seconds is None else seconds
+        cpu = time.process_time()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"process {process_rank()} {what:56} {seconds:8.3f} s {peak:6.2f} GiB  at {now - self.start:6.1f} s", flush=True)
+        print(f"process {process_rank()} {what:56} {(now - self.last) / times:8.3f} s {(cpu - self.last_cpu) / times:8.3f} s CPU "
+              f"{peak:6.2f} GiB  at {now - self.start:6.1f} s", flush=True)
         self.last = time.time()
+        self.last_cpu = time.process_time()
 
 
 def rehearse():
@@ -111,10 +116,9 @@ def rehearse_stage(model, stage, training, settings, watch):
     watch.part(f"stage {stage}: indexing P_i and the groups")
     paper = PRESETS["paper"]
     full = replace(settings, batch1=paper["batch1"], batch3=paper["batch3"])
-    began = time.time()
-    for step in range(5):
+    for step in range(10):
         make_batch(stage, step, training, subsets, groups, full)
-    watch.part(f"stage {stage}: choosing a batch of the paper's size", (time.time() - began) / 5)
+    watch.part(f"stage {stage}: choosing a batch of the paper's size", times=10)
     run_stage(model, stage, 0, training, settings, received=[])
     watch.part(f"stage {stage}: indexing again, a step, its state saved twice")
 
@@ -244,10 +248,11 @@ def stage_costs(c, gpus, rows, checkpointing):
     # memory at the longest rows that a micro-batch may have, and queries padded to twice their mean
     base, experts, kept = training_memory(c, rows * LONGEST, rows * (LONGEST - PROMPT), 2, checkpointing=checkpointing)
     weights, router2 = encoder_memory(QWEN_05B, paper["batch2"] * 2 * QUERY, 2, checkpointing)
+    encoder = weights / 18                          # its parameters: fp32 and bf16 copy, gradient and two moments are 18 bytes
     _, router3 = encoder_memory(QWEN_05B, paper["batch3"] * 2 * QUERY, 2, checkpointing)
     return [
-        (paper["steps1"] * paper["batch1"] * EXPERTS * record, base + experts + kept),
-        (paper["steps2"] * paper["batch2"] * query, base + weights + router2),
+        (paper["steps1"] * paper["batch1"] * EXPERTS * record, base + experts + kept + 4 * encoder),
+        (paper["steps2"] * paper["batch2"] * query, base + experts / 4 + weights + router2),
         (paper["steps3"] * paper["batch3"] * (record + query), base + experts + kept + weights + router3),
     ]
 
