@@ -60,8 +60,8 @@ def shard(llama, device):
     """Spread each block of the frozen base over the processes (FSDP2), which put it together again
     for the moment of its use. Embeddings, head and experts stay whole on every process.
 
-    The llama is on the CPU, its weights mapped from their file: only a process's own part of a block
-    is copied out of it.
+    The llama is on the CPU, its weights mapped from their file: only a process's own part of a
+    block is copied out of it.
     """
     if process_count() == 1:
         raise UserError("--shard shares the base among processes: start several with torchrun")
@@ -86,7 +86,7 @@ def joined_processes(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        # what is on the CPU, as whether a signal came, goes by gloo, where a loss is noticed at once
+        # what is on the CPU, as whether a signal came, goes by gloo, which notices a loss at once
         backend = "cpu:gloo,cuda:nccl"
     store, rank, count = next(rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIME_LIMIT)
