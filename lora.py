@@ -22,6 +22,19 @@ from plumbing import UserError, atomic_write, write_json
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def linear(x, weight, bias=None):
+    """y = W x + b, with W (d, k) and b (d,) cast to x's type where they are used; x (..., k)."""
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    # one token alone, in generation: a product of matrix and vector reads W at the speed of memory,
+    # where the product of two matrices would first rearrange it
+    if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+        vector = x.reshape(-1)                                  # (k,)
+        y = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
+        return y.view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
+
+
 class LoRALinear(nn.Module):
     """A linear layer W with `experts` LoRAs of the given rank beside it (0: a plain layer)."""
 
@@ -37,17 +50,15 @@ class LoRALinear(nn.Module):
     def forward(self, x, scales=None):
         """x (B, T, k), scales (B, 1, E·rank) from `expert_scales` -> y (B, T, d).
 
-        Without scales this is the plain layer. Weights are cast to x's type where they are used:
-        experts stay fp32 beside bf16 activations.
+        Without scales this is the plain layer. Experts stay fp32 beside bf16 activations.
         """
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, self.weight.to(x.dtype), bias)          # (B, T, d)
+        y = linear(x, self.weight, self.bias)                   # (B, T, d)
         if scales is None:
             return y
         # all ten experts in two products: A x holds ten times `rank` numbers, and an expert is silent
         # when its own are multiplied by 0
-        low = scales * F.linear(x, self.A.to(x.dtype))          # (B, T, E·rank)
-        return y + F.linear(low, self.B.to(x.dtype))
+        low = scales * linear(x, self.A)                        # (B, T, E·rank)
+        return y + linear(low, self.B)
 
 
 def expert_scales(w, rank, alpha, dtype):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data import ChatTokenizer
-from lora import LoRALinear, expert_scales, init_experts, load_experts
+from lora import LoRALinear, expert_scales, init_experts, linear, load_experts
 from plumbing import UserError, absolute, find_model, read_json
 from router import Router, keep_top, random_weights
 
@@ -282,7 +282,7 @@ class Llama(nn.Module):
     def logits(self, hidden):
         """hidden (..., d) -> (..., V). Apart from `forward`: only the positions needed pay for it."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight.to(hidden.dtype))
+        return linear(hidden, head.weight)
 
 
 # -------------------------------------------------------------------------------------- generation
