@@ -258,6 +258,9 @@ class Llama(nn.Module):
         keeps several sequences in a cache. `checkpointing` recomputes each block in the backward
         pass instead of keeping what it computed.
         """
+        length = tokens.shape[1]
+        if cache is None:
+            tokens = F.pad(tokens, (0, self.few_shapes(length, 32) - length))
         T = tokens.shape[1]
         if positions is None:
             start = cache.length if cache else 0
@@ -277,12 +280,27 @@ class Llama(nn.Module):
                 x = block(x, cos, sin, scales, cache, mask)             # (B, T, d)
         if cache:
             cache.advance(T)
-        return self.norm(x)
+        return self.norm(x[:, :length])
 
     def logits(self, hidden):
         """hidden (..., d) -> (..., V). Apart from `forward`: only the positions needed pay for it."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        if hidden.dim() == 2 and len(hidden) > 1:
+            N = len(hidden)
+            padded = F.pad(hidden, (0, 0, 0, self.few_shapes(N, 128) - N))
+            return linear(padded, head.weight)[:N]
         return linear(hidden, head.weight)
+
+    def few_shapes(self, n, step):
+        """n, but in bf16 on a CPU the next multiple of `step`.
+
+        The library under these products keeps buffers for every shape that it has seen, and texts
+        come in every length: without this, memory grows with every step. What is added stands to
+        the right, where a causal model does not look.
+        """
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            return -(-n // step) * step
+        return n
 
 
 # -------------------------------------------------------------------------------------- generation
@@ -472,29 +490,39 @@ def pick_device(name="auto", base=None):
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
 
 
-def pick_dtype(name, device):
-    """"auto" is bf16 where the hardware computes in it (newer GPUs, CPUs with AVX-512 bf16 or
-    AMX), fp32 elsewhere.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_dtype(name, device, parameters):
+    """"fp32", "bf16", "fp16" or a torch.dtype -> torch.dtype.
+
+    "auto" is bf16 where the hardware computes in it (newer GPUs, CPUs with AVX-512 bf16 or AMX),
+    fp32 elsewhere, and on a CPU also for fewer than a billion parameters: they fit as they are.
     """
     if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        return DTYPES.get(name, name)
+    if device.type == "cpu" and parameters < 1e9:
+        return torch.float32
+    return torch.bfloat16 if computes_in_bf16(device) else torch.float32
+
+
+def computes_in_bf16(device):
     if device.type == "cpu":
-        has_bf16 = torch.cpu._is_avx512_bf16_supported()
-    else:
-        has_bf16 = device.type == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float32
+        return torch.cpu._is_avx512_bf16_supported()
+    return device.type == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_llama(folder, device, dtype, experts=0, rank=8, alpha=16, seed=0, weight_dtype=None,
                files=None):
     """A Llama with the weights of a folder in the Hugging Face layout, frozen, and fresh experts.
 
-    Weights of the wanted type are mapped from the file, not copied; `weight_dtype` (default: dtype)
+    dtype: see pick_dtype. Weights of that type are mapped from the file, not copied; `weight_dtype`
     keeps them in another. UserError for a folder that is incomplete, broken or too large.
     """
-    weight_dtype = weight_dtype or dtype
     with torch.device("meta"):                  # shapes only: no memory is touched yet
-        llama = Llama(Config.from_folder(folder), experts, rank, alpha, dtype)
+        llama = Llama(Config.from_folder(folder), experts, rank, alpha)
+    llama.dtype = pick_dtype(dtype, device, sum(t.numel() for t in llama.parameters()))
+    weight_dtype = weight_dtype or llama.dtype
     check_fits(llama, folder, device, weight_dtype)
     wanted = base_shapes(llama)
     paths = files or checkpoint_files(folder)

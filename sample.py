@@ -100,17 +100,17 @@ def load_model(args):
     """What --run and --base name -> the model and its base's name."""
     if args.route == "none" and args.base and not args.run:
         folder = find_model(args.base)
-        from personafuse import PersonaFuse, load_llama, pick_device, pick_dtype
+        from personafuse import PersonaFuse, load_llama, pick_device
         device = pick_device(args.device, args.base)
-        llama = load_llama(folder, device, pick_dtype(args.dtype, device))
+        llama = load_llama(folder, device, args.dtype)
         return PersonaFuse(llama, ChatTokenizer(folder)), args.base
     run = args.run or newest_run()
     missing = f"{run} holds no finished stage (no personafuse.json): train with train.py first"
     base = read_json(Path(run) / "personafuse.json", missing)["base"]
-    from personafuse import load_run, pick_device, pick_dtype
+    from personafuse import load_run, pick_device
     # merging for a checkpoint is one pass over the weights: the CPU does
     device = pick_device("cpu" if args.export else args.device, base)
-    model, settings = load_run(run, device, pick_dtype(args.dtype, device), args.base)
+    model, settings = load_run(run, device, args.dtype, args.base)
     return model, settings["base"]
 
 

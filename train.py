@@ -26,7 +26,7 @@ from data import (TRAITS, expert_batch, expert_subsets, joint_batch, load_record
                   trait_groups)
 from lora import clip_experts
 from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, trait_loss
-from personafuse import build, pad, pick_device, pick_dtype, response_batch
+from personafuse import build, pad, pick_device, response_batch
 from plumbing import UserError, run_program
 from processes import (joined_processes, my_share, process_count, process_rank, shard,
                        sum_over_processes)
@@ -371,7 +371,7 @@ def run_stages(settings, device):
     training, held_out = read_examples(settings)
     if not training:
         raise UserError(f"{settings.data} has no record to train on")
-    model = build(asdict(settings), device, pick_dtype(settings.dtype, device))
+    model = build(asdict(settings), device, settings.dtype)
     if settings.shard:
         shard(model.base, device)
 

@@ -132,10 +132,10 @@ def model_answers(args, prompts):
     """Answers of the model args.model, which decodes args.workers sequences together."""
     folder = find_model(args.model, "--model")
     # here, so that nobody waits for torch who asks a server, or for a model that is not there
-    from personafuse import check_vocabulary, load_llama, pick_device, pick_dtype
+    from personafuse import check_vocabulary, load_llama, pick_device
 
     device = pick_device(args.device, args.model)
-    llama = load_llama(folder, device, pick_dtype(args.dtype, device))
+    llama = load_llama(folder, device, args.dtype)
     tokenizer = ChatTokenizer(folder)
     check_vocabulary(tokenizer, llama, folder)
     # in parts: the token ids of all 100,000 prompts would take gigabytes

@@ -31,7 +31,7 @@ from experiments.judges import JUDGED
 from experiments.probe import probe
 from experiments.questionnaire import questionnaire
 from experiments.routing import routing
-from personafuse import pick_device, pick_dtype, read_settings
+from personafuse import pick_device, read_settings
 from plumbing import run_program
 
 ROUTES = ["learned", "uniform", "random1", "random2", "random5", "none", "cot"]
@@ -104,23 +104,22 @@ def main():
     for run in args.run[1:]:
         read_settings(run, base)
     device = pick_device(args.device, base)
-    dtype = pick_dtype(args.dtype, device)
     if args.control:
-        control(args, device, dtype)
+        control(args, device, args.dtype)
     elif args.steering:
-        steering(args, device, dtype)
+        steering(args, device, args.dtype)
     elif args.expression:
-        expression(args, device, dtype)
+        expression(args, device, args.dtype)
     elif args.routing:
-        routing(args, device, dtype)
+        routing(args, device, args.dtype)
     elif args.questionnaire:
-        questionnaire(args, device, dtype)
+        questionnaire(args, device, args.dtype)
     elif args.tasks:
-        run_benchmarks(args, device, dtype)
+        run_benchmarks(args, device, args.dtype)
     elif args.probe:
-        probe(args, device, dtype)
+        probe(args, device, args.dtype)
     else:
-        compare(args, device, dtype)
+        compare(args, device, args.dtype)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from data import TRAITS
 from experiments.control import (DIAL, OPPOSITE, SHORT, activations, control_matrix, expert_losses,
                                  held_out_examples, load_experts_run, measure_steering)
-from personafuse import pick_device, pick_dtype, read_settings
+from personafuse import pick_device, read_settings
 from plumbing import HERE, UserError, atomic_write, read_lines, run_program
 
 # a colour for each trait; legible on white, and told apart by most who are colour-blind
@@ -260,8 +260,7 @@ def draw_all(args):
     pyplot = import_pyplot()
     base = read_settings(args.run)["base"]
     device = pick_device(args.device, base)
-    dtype = pick_dtype(args.dtype, device)
-    model, settings = load_experts_run(args.run, device, dtype)
+    model, settings = load_experts_run(args.run, device, args.dtype)
     records, examples = held_out_examples(model, settings)
     p = activations(records)
     out = Path(args.out)

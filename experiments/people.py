@@ -98,9 +98,9 @@ def draw_queries(args, rng):
 def write_answers(run, route, queries, seed, args):
     """The answers of one contestant to all queries, greedy."""
     from experiments.answers import ask_model
-    from personafuse import load_run, pick_device, pick_dtype
+    from personafuse import load_run, pick_device
     device = pick_device(args.device)
-    model, _ = load_run(run, device, pick_dtype(args.dtype, device))
+    model, _ = load_run(run, device, args.dtype)
     routing = argparse.Namespace(route=route, top_k=None, seed=seed)
     return ask_model(model, queries, routing, args.max_new_tokens)
 

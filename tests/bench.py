@@ -33,7 +33,7 @@ from bench_generate import generate_throughput, server_throughput  # noqa: E402
 from bench_scale import base_flops, block_parameters, cost, memory_table, rehearsal, training_memory  # noqa: E402
 from data import TRAITS, load_records, split  # noqa: E402
 from lora import lora_layers, merge  # noqa: E402
-from personafuse import Config, generate, load_llama, pick_device, pick_dtype  # noqa: E402
+from personafuse import Config, generate, load_llama, pick_device, DTYPES  # noqa: E402
 from plumbing import HERE  # noqa: E402
 from router import average_precision  # noqa: E402
 
@@ -243,7 +243,7 @@ def main():
     parser.add_argument("--rehearsal", action="store_true")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
     s = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if s.device != "cpu" and (s.load or s.memory or s.rehearsal):
@@ -257,11 +257,11 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             return memory(random_checkpoint(folder))
     if s.load:
-        return loading(s.load, {"auto": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}[s.dtype])
+        return loading(s.load, {"fp32": "float32", "bf16": "bfloat16"}[s.dtype])
     device = pick_device(s.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)               # the one that in_turn waits for
-    dtype = pick_dtype(s.dtype, device)
+    dtype = DTYPES[s.dtype]
     with tempfile.TemporaryDirectory() as folder:
         random_checkpoint(folder)
         training_step(folder, device, dtype)

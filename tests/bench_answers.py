@@ -113,9 +113,9 @@ def loss(run, dtype="fp32"):
 
     An answer's end token counts among the tokens and the bits, not among the bytes.
     """
-    from personafuse import load_run, pick_device, pick_dtype
+    from personafuse import load_run, pick_device
     device = pick_device("cpu")
-    model, _ = load_run(run, device, pick_dtype(dtype, device))
+    model, _ = load_run(run, device, dtype)
     _, held = split(load_records(RECORDS, answers=ANSWERS))
     w = model.mixing_weights([record["query"] for record in held])
     context = model.base.config.max_position_embeddings

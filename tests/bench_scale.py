@@ -19,7 +19,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from data import TRAITS, expert_subsets, load_records, trait_groups  # noqa: E402
-from personafuse import Config, build, pick_dtype  # noqa: E402
+from personafuse import Config, build  # noqa: E402
 from plumbing import HERE, run_program  # noqa: E402
 from processes import joined_processes, process_count, process_rank  # noqa: E402
 from runs import (PRESETS, load_state, open_run, parse_arguments, read_examples, save_run, state_file,  # noqa: E402
@@ -93,7 +93,7 @@ def rehearse():
         watch.part("waiting for process 0")
         training, held_out = read_examples(settings)
         watch.part("reading the token ids")
-        model = build(vars(settings), device, pick_dtype(settings.dtype, device))
+        model = build(vars(settings), device, settings.dtype)
         watch.part("loading the base and the encoder")
         for stage in (1, 2, 3):
             rehearse_stage(model, stage, training, settings, watch)
