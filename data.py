@@ -187,7 +187,7 @@ TRAIT = re.compile(
 
 
 def read_traits(text):
-    """What follows "Social traits:" -> trait names, of the lines up to the first without a trait."""
+    """What follows "Social traits:" -> trait names, of lines up to the first without a trait."""
     traits = []
     for line in filter(str.strip, text.splitlines()):
         if re.match(r"\W*reason", line, re.I):

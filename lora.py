@@ -55,8 +55,8 @@ class LoRALinear(nn.Module):
         y = linear(x, self.weight, self.bias)                   # (B, T, d)
         if scales is None:
             return y
-        # all ten experts in two products: A x holds ten times `rank` numbers, and an expert is silent
-        # when its own are multiplied by 0
+        # all ten experts in two products: A x holds ten times `rank` numbers, and an expert is
+        # silent when its own are multiplied by 0
         low = scales * linear(x, self.A)                        # (B, T, E·rank)
         return y + linear(low, self.B)
 
@@ -128,7 +128,7 @@ def clip_experts(model, experts, clip):
     gradients = []
     for _, layer in lora_layers(model):
         d = layer.B.shape[0]
-        gradient_A = layer.A.grad.view(experts, -1)             # (E, rank·k), views: changed in place
+        gradient_A = layer.A.grad.view(experts, -1)             # (E, rank·k), a view
         gradient_B = layer.B.grad.view(d, experts, -1)          # (d, E, rank)
         gradients.append((gradient_A, gradient_B))
 
@@ -179,7 +179,7 @@ def load_experts(model, names, folder):
         path = Path(folder) / expert.replace(" ", "_") / "adapter_model.safetensors"
         try:
             saved = load_file(path)
-        except Exception as error:      # safetensors raises its own type, FileNotFoundError, OSError
+        except Exception as error:      # safetensors has its own type, and OSError
             raise UserError(f"cannot read the expert {path}: {error}")
         # the targets are views: copying into them fills the stacked A and B
         for key, target in expert_tensors(model, i).items():

@@ -55,6 +55,7 @@ class Config:
         rope = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         check_supported(path, c, rope, rope_type)
+        # some files have null for false
         attention_bias = bool(c.get("attention_bias"))
         try:
             return cls(
@@ -112,6 +113,7 @@ def rope(config, positions):
 
     Pair i of a head turns by position · freq_i.
     """
+    # the first pairs turn fast and tell neighbours apart, the last ones turn once in a long text
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
     freq = 1.0 / config.rope_theta ** exponent                  # (c/2,) radians a token
     if scaling := config.rope_scaling:
@@ -125,7 +127,7 @@ def rope(config, positions):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x_i, x_{i + c/2}) of every head, the Hugging Face layout. x (B, heads, T, c)"""
+    """Turn the pairs (x_i, x_{i + c/2}) of every head, as Hugging Face does. x (B, heads, T, c)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -188,6 +190,7 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
         if cache:
             k, v = cache.update(self.layer, k, v)                       # (B, K, length + T, c)
+        # enable_gqa lets H/K query heads share a key/value head without copying it;
         # several tokens are always the first ones: each sees itself and those before it;
         # a single one sees all there is
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1,
@@ -206,6 +209,7 @@ class MLP(nn.Module):
         self.down_proj = LoRALinear(config.intermediate_size, config.hidden_size, **lora)
 
     def forward(self, x, scales=None):
+        # the gate says how much of each of the inner features passes
         gated = F.silu(self.gate_proj(x, scales)) * self.up_proj(x, scales)
         return self.down_proj(gated, scales)
 
@@ -219,6 +223,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, **lora)
 
     def forward(self, x, cos, sin, scales=None, cache=None, mask=None):
+        # each half adds to the residual stream x what it has to say about it
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, scales, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x), scales)
 
@@ -265,9 +270,11 @@ class Llama(nn.Module):
         if positions is None:
             start = cache.length if cache else 0
             positions = torch.arange(start, start + T, device=tokens.device)[None]      # (1, T)
+        # angles in fp32: far into a text, bf16 could not tell neighbouring positions apart
         cos, sin = rope(self.config, positions)                         # (1, 1, T, c/2)
         cos = cos.to(self.dtype)
         sin = sin.to(self.dtype)
+        # the weights belong to the query: the same at every layer and every position
         scales = None
         if w is not None:
             scales = expert_scales(w, self.rank, self.alpha, self.dtype)        # (B, 1, E·rank)
@@ -283,7 +290,7 @@ class Llama(nn.Module):
         return self.norm(x[:, :length])
 
     def logits(self, hidden):
-        """hidden (..., d) -> (..., V). Apart from `forward`: only the positions needed pay for it."""
+        """hidden (..., d) -> (..., V). Apart from `forward`: only positions needed pay for it."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         if hidden.dim() == 2 and len(hidden) > 1:
             N = len(hidden)
@@ -313,6 +320,7 @@ def sample_token(logits, temperature, top_p, generator):
         return logits.argmax(dim=-1)
     probs = torch.softmax(logits.float() / temperature, dim=-1)         # (n, V)
     probs, ids = probs.sort(dim=-1, descending=True)
+    # a token goes when those before it hold top_p already
     before = probs.cumsum(dim=-1) - probs
     probs[before >= top_p] = 0                                          # the first always stays
     drawn = torch.multinomial(probs, 1, generator=generator)            # (n, 1)
@@ -336,6 +344,7 @@ def generate(llama, prompt, max_new_tokens, stop, w=None, temperature=0.0, top_p
     max_new_tokens, or the end of the model's context.
     """
     context = llama.config.max_position_embeddings
+    # the keys and values of a token never change: each is computed once
     cache = Cache(llama, min(context, len(prompt) + max_new_tokens))
     generator = torch.Generator(llama.device).manual_seed(seed)
     tokens = torch.tensor([prompt], device=llama.device)                # (1, T), then (1, 1)
@@ -427,6 +436,7 @@ class PersonaFuse(nn.Module):
         response is what greedy decoding would write (n,).
         """
         n = len(examples)
+        # filled part by part, in the order of the lengths
         nll = torch.zeros(n, device=self.device)
         counts = torch.tensor([len(example.answer) for example in examples], device=self.device)
         greedy = torch.ones(n, dtype=torch.bool, device=self.device)
@@ -434,6 +444,7 @@ class PersonaFuse(nn.Module):
             tokens, targets = response_batch([examples[i] for i in part], self.device)
             hidden = self.base(tokens, None if w is None else w[part])          # (B, T, d)
             response = targets >= 0                                             # (B, T)
+            # the query's tokens are given, not learned: only the response's positions count
             logits = self.base.logits(hidden[response])                         # (N, V)
             losses = F.cross_entropy(logits.float(), targets[response], reduction="none")
             # the example that each of the N response tokens belongs to
@@ -444,7 +455,7 @@ class PersonaFuse(nn.Module):
 
 
 def like_lengths(lengths, rows):
-    """Indices of the lengths, in parts of `rows`, like lengths together, so that little is padded."""
+    """Indices of the lengths by `rows`, like lengths together, so that little is padded."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[i:i + rows] for i in range(0, len(order), rows)]
 
@@ -477,6 +488,7 @@ def response_batch(examples, device):
 def pick_device(name="auto", base=None):
     """"auto" is cuda, then mps, then cpu, the first that is here; for the tiny base the CPU."""
     if name == "auto":
+        # where no other is here, or for a base that is too small to gain from one
         name = "cpu"
         if torch.cuda.is_available():
             name = "cuda"
@@ -536,6 +548,7 @@ def load_llama(folder, device, dtype, experts=0, rank=8, alpha=16, seed=0, weigh
     if missing:
         others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: tensor model.{missing[0]} is missing{others}")
+    # assign: the tensors become the parameters; strict would miss the experts, which come next
     llama.load_state_dict(tensors, strict=False, assign=True)
     if experts:
         init_experts(llama, seed, device)
@@ -636,6 +649,7 @@ def build(settings, device, dtype, run=None):
                       settings["seed"])
     tokenizer = ChatTokenizer(folder)
     check_vocabulary(tokenizer, base, folder)
+    # a run overwrites the fresh experts with its own
     if run:
         load_experts(base, names, run)
 
@@ -644,6 +658,7 @@ def build(settings, device, dtype, run=None):
         return PersonaFuse(base, tokenizer).requires_grad_(False)
     folder = find_model(settings["encoder"], "--encoder")
     files = [trained] if run else None
+    # the encoder is trained whole, by steps too small for bf16 weights
     encoder = load_llama(folder, device, dtype, weight_dtype=torch.float32, files=files)
     encoder_tokenizer = ChatTokenizer(folder)
     check_vocabulary(encoder_tokenizer, encoder, folder)
@@ -656,7 +671,7 @@ def build(settings, device, dtype, run=None):
 
 
 def read_settings(run, base=None):
-    """What train.py was told, from the folder that it wrote. `base`, if given, must be the run's."""
+    """What train.py was told, from the run's folder. `base`, if given, must be the run's."""
     path = Path(run) / "personafuse.json"
     settings = read_json(path, f"{run} holds no finished stage (no personafuse.json): "
                                "train with train.py first")

@@ -32,7 +32,7 @@ class Router(nn.Module):
         self.e = nn.Parameter(e)
 
     def forward(self, tokens, lengths):
-        """Eq. 1: queries (B, T), right-padded, and their lengths (B,) -> mixing weights w (B, E)."""
+        """Eq. 1: queries (B, T), right-padded, and lengths (B,) -> mixing weights w (B, E)."""
         h = self.embed(tokens, lengths)                         # (B, d)
         return self.weights(h)                                  # (B, E)
 

@@ -213,8 +213,9 @@ def open_run(settings, stages):
     for stage in earlier:
         header = read_header(state_file(settings, stage)) if stage in begun else None
         if not header or not header["done"]:
-            raise UserError(f"stage {stages[0]} starts from what stage {stage} wrote, and {out} has "
-                            f"no finished stage {stage}: run --stage {stage} first, or --stage all")
+            raise UserError(f"stage {stages[0]} starts from what stage {stage} wrote, and {out} "
+                            f"has no finished stage {stage}: run --stage {stage} first, or "
+                            "--stage all")
         refuse_difference(settings, header["settings"], out, SHARED_BY_STAGES)
     run_again = not earlier or begun[-1] >= stages[0]
     if run_again and out.exists() and any(out.iterdir()):

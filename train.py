@@ -6,11 +6,11 @@
     python train.py --stage all --resume                go on where a run was stopped
     torchrun --nproc_per_node 8 train.py --stage all --base llama-3.1-8b --preset paper
 
-    stage      trains                         a step's batch                        loss
-    1 experts  A and B of the ten experts     --batch1 records for each expert i,   Eq. 8, one-hot w
+    stage      trains                         a step's batch                       loss
+    1 experts  A and B of the ten experts     --batch1 records for each expert i,  Eq. 8, one-hot w
                                               from P_i = {(q, r) : p_i = 1}
-    2 router   encoder f_θ, embeddings e      --batch2 queries, --group of each p   Eq. 6
-    3 joint    experts, encoder, embeddings   --batch3 records                      Eq. 2, w of Eq. 1
+    2 router   encoder f_θ, embeddings e      --batch2 queries, --group of each p  Eq. 6
+    3 joint    experts, encoder, embeddings   --batch3 records                     Eq. 2, w by Eq. 1
 """
 
 import signal
@@ -203,7 +203,7 @@ def run_stage(model, stage, first_step, examples, settings, received):
 
 
 def make_batch(stage, step, examples, subsets, groups, settings):
-    """A stage's batch, a function of (seed, stage, step) alone: a resumed run sees the same ones."""
+    """A stage's batch, a function of seed, stage and step alone: a resumed run sees the same."""
     seed = settings.seed
     if stage == 1:
         # a baseline's one LoRA sees as many records as the ten experts together

@@ -107,7 +107,7 @@ def test_each_experiment_has_its_option(option, run, monkeypatch):
     for name in ("compare", "control", "steering", "expression", "routing", "questionnaire"):
         monkeypatch.setattr(evaluate, name, lambda args, device, dtype, name=name: asked.append((name, args.run, dtype)))
     assert program("experiments.evaluate", "--run", run, f"--{option}", "--dtype", "fp32").returncode == 0
-    assert asked == [(option, [str(run)], torch.float32)]
+    assert asked == [(option, [str(run)], "fp32")]
     assert program("experiments.evaluate", "--run", run, "--dtype", "fp32").returncode == 0
     assert asked[1][0] == "compare"
 

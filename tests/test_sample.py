@@ -36,7 +36,7 @@ def test_bars_strongest_first_then_the_plain_loops_answer(run):
     result = sample("I feel anxious", "--run", run)
     assert result.returncode == 0, result.stderr
     bars, text = result.stdout.split("\n\n", 1)
-    rows = [line.strip().rsplit(maxsplit=2) for line in bars.splitlines()]
+    rows = [line.rstrip(" █").strip().rsplit(maxsplit=1) for line in bars.splitlines()]
     model, _ = load_run(run, torch.device("cpu"), torch.float32)
     w = model.route([model.encoder_tokenizer.encode_query("I feel anxious")])[0]
     shown = {row[0].strip(): float(row[1]) for row in rows}
