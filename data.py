@@ -202,7 +202,8 @@ def read_traits(text):
             if own:
                 found.append(f"{own} {trait}".title().replace("Extro", "Extra"))
             # the rest of the line explains this trait
-            if line[match.end():].lstrip("*_ ").startswith((":", "–", "—", "- ")):
+            rest = line[match.end():].lstrip("*_ ")
+            if rest.startswith((":", "–", "—", "- ")):
                 break
         if not found:
             break
@@ -423,7 +424,8 @@ def make_examples(records, tokenizer, encoder_tokenizer, max_length, answer="res
             continue
         if encoder_tokenizer:
             query = (encoder_tokenizer.prefix + query)[:max_length]
-        examples.append(Example(prompt, (ids + [tokenizer.end])[:room], query, record["p"]))
+        ids = ids + [tokenizer.end]
+        examples.append(Example(prompt, ids[:room], query, record["p"]))
     return examples
 
 
@@ -490,7 +492,8 @@ def expert_batch(examples, subsets, batch_size, step, seed):
 def router_batch(examples, groups, batch_size, group_size, step, seed):
     """Stage 2: batch_size queries, in groups of up to group_size that share one p (Eq. 5)."""
     chosen = []
-    for k in sample_indices(len(examples), max(1, batch_size // group_size), step, seed, 2):
+    count = max(1, batch_size // group_size)
+    for k in sample_indices(len(examples), count, step, seed, 2):
         others = [index for index in groups[examples[k].p] if index != k]
         order = np.random.default_rng([seed, 2, step, k]).permutation(len(others))
         chosen.append(examples[k])

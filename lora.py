@@ -134,7 +134,8 @@ def clip_experts(model, experts, clip):
 
     square = 0
     for gradient_A, gradient_B in gradients:
-        square = square + gradient_A.square().sum(dim=1) + gradient_B.square().sum(dim=(0, 2))
+        square = square + gradient_A.square().sum(dim=1)
+        square = square + gradient_B.square().sum(dim=(0, 2))
     norms = square.sqrt()                                       # (E,)
 
     # 1e-6 as in torch's own clipping: no division by a norm of 0
@@ -160,11 +161,22 @@ def expert_tensors(model, i):
 
 def save_experts(model, names, folder, base):
     """One folder a pole (high_openness, ...) as peft loads it: adapter_config.json, safetensors."""
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-              "r": model.rank, "lora_alpha": model.alpha, "lora_dropout": 0.0, "bias": "none",
-              "target_modules": TARGETS, "fan_in_fan_out": False, "inference_mode": True}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": model.rank,
+        "lora_alpha": model.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": TARGETS,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
     for i, expert in enumerate(names):
-        tensors = {key: t.cpu().contiguous() for key, t in expert_tensors(model, i).items()}
+        tensors = {}
+        for key, t in expert_tensors(model, i).items():
+            tensors[key] = t.cpu().contiguous()
         out = Path(folder) / expert.replace(" ", "_")
         out.mkdir(parents=True, exist_ok=True)
         with atomic_write(out / "adapter_model.safetensors") as tmp:

@@ -44,7 +44,8 @@ def trait_loss(h, p):
     s = cosine(h, h)                                            # (B, B)
     same = (p[:, None] == p[None]).all(dim=-1)                  # (B, B)
     pairs = same.triu(diagonal=1)                               # each pair once, nobody with itself
-    return ((1 - s) * pairs).sum() / pairs.sum().clamp(min=1)
+    total = ((1 - s) * pairs).sum()
+    return total / pairs.sum().clamp(min=1)
 
 
 def router_loss(contrastive, trait, alpha=1.0, beta=1.0):

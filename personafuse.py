@@ -52,7 +52,8 @@ class Config:
         c = read_json(path, f"{folder} is not a model folder: it has no config.json")
         # transformers 5 nests the rope's figures in rope_parameters, 4 has rope_scaling, and
         # before 4.43 its rope_type was called type
-        rope = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
+        rope = c.get("rope_parameters") or {}
+        rope = rope | (c.get("rope_scaling") or {})
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         check_supported(path, c, rope, rope_type)
         # some files have null for false
@@ -129,7 +130,9 @@ def rope(config, positions):
 def rotate(x, cos, sin):
     """Turn the pairs (x_i, x_{i + c/2}) of every head, as Hugging Face does. x (B, heads, T, c)."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    turned_a = a * cos - b * sin
+    turned_b = b * cos + a * sin
+    return torch.cat([turned_a, turned_b], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -294,7 +297,8 @@ class Llama(nn.Module):
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         if hidden.dim() == 2 and len(hidden) > 1:
             N = len(hidden)
-            padded = F.pad(hidden, (0, 0, 0, self.few_shapes(N, 128) - N))
+            missing = self.few_shapes(N, 128) - N
+            padded = F.pad(hidden, (0, 0, 0, missing))
             return linear(padded, head.weight)[:N]
         return linear(hidden, head.weight)
 
@@ -385,7 +389,8 @@ class PersonaFuse(nn.Module):
 
     @property
     def experts(self):
-        return self.base.layers[0].self_attn.q_proj.A.shape[0] // self.base.rank
+        A = self.base.layers[0].self_attn.q_proj.A                      # (E·rank, k)
+        return len(A) // self.base.rank
 
     @property
     def device(self):
@@ -394,9 +399,11 @@ class PersonaFuse(nn.Module):
     @torch.no_grad()
     def embed(self, queries, rows=32):
         """Queries (token ids of encode_query) -> persona embeddings h (n, d)."""
-        h = torch.empty(len(queries), self.router.e.shape[1], device=self.device)
+        width = self.router.e.shape[1]
+        h = torch.empty(len(queries), width, device=self.device)
         for part in like_lengths([len(query) for query in queries], rows):
-            h[part] = self.router.embed(*pad([queries[i] for i in part], self.device))
+            tokens, lengths = pad([queries[i] for i in part], self.device)
+            h[part] = self.router.embed(tokens, lengths)
         return h
 
     def mixing_weights(self, queries, route="learned", top_k=None, seed=0):
@@ -533,7 +540,8 @@ def load_llama(folder, device, dtype, experts=0, rank=8, alpha=16, seed=0, weigh
     """
     with torch.device("meta"):                  # shapes only: no memory is touched yet
         llama = Llama(Config.from_folder(folder), experts, rank, alpha)
-    llama.dtype = pick_dtype(dtype, device, sum(t.numel() for t in llama.parameters()))
+    parameters = sum(t.numel() for t in llama.parameters())
+    llama.dtype = pick_dtype(dtype, device, parameters)
     weight_dtype = weight_dtype or llama.dtype
     check_fits(llama, folder, device, weight_dtype)
     wanted = base_shapes(llama)
@@ -662,7 +670,8 @@ def build(settings, device, dtype, run=None):
     encoder = load_llama(folder, device, dtype, weight_dtype=torch.float32, files=files)
     encoder_tokenizer = ChatTokenizer(folder)
     check_vocabulary(encoder_tokenizer, encoder, folder)
-    router = Router(encoder, len(names), settings["tau"], settings["pooling"], settings["seed"])
+    router = Router(encoder, len(names), tau=settings["tau"], pooling=settings["pooling"],
+                    seed=settings["seed"])
     if run:
         with safe_open(trained, "pt") as file:
             router.e.data.copy_(file.get_tensor("e"))

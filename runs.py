@@ -328,7 +328,8 @@ def write_examples(settings, records):
 
 def to_columns(examples):
     """Examples -> arrays: the ids of each column end to end, their lengths, and p (n, E)."""
-    arrays = {"p": np.array([example.p for example in examples], np.uint8).reshape(-1, len(TRAITS))}
+    p = np.array([example.p for example in examples], np.uint8)
+    arrays = {"p": p.reshape(-1, len(TRAITS))}
     for column in COLUMNS:
         rows = [getattr(example, column) for example in examples]
         arrays[f"{column}.lengths"] = np.array([len(row) for row in rows], np.int32)

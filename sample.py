@@ -180,7 +180,9 @@ def answer_json(model, query, prompt, args):
     w = weights_for(model, query, args.setting, args.seed)
     weights = None
     if w is not None and w.shape[1] == len(TRAITS):
-        weights = {trait: round(x, 6) for trait, x in zip(TRAITS, w[0].tolist())}
+        weights = {}
+        for trait, weight in zip(TRAITS, w[0].tolist()):
+            weights[trait] = round(weight, 6)
     response = answer(model, prompt, w, args, stream=False)
     line = {"query": query, "weights": weights, "response": response}
     print(json.dumps(line, ensure_ascii=False), flush=True)

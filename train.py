@@ -243,7 +243,8 @@ def clip_gradients(model, stage, settings):
 
 
 def check_finite(losses, norm, stage, step, path):
-    if torch.isfinite(norm).all() and np.isfinite(list(losses.values())).all():
+    values = list(losses.values()) + norm.flatten().tolist()
+    if np.isfinite(values).all():
         return
     raise UserError(f"stage {stage}, step {step}: the loss or its gradient is not finite "
                     f"({losses}); stopped before it reached the weights. The last good state is in "
@@ -262,8 +263,14 @@ def report(progress, stage, step, losses, norm, optimizer, tokens_per_s, setting
         losses["lm"] /= len(settings.names)         # of one expert, as the other stages see it
     loss = list(losses.values())[-1]                # the one that the stage minimises
     progress.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-    log(settings, {"stage": stage, "step": step + 1, **losses, "grad_norm": norm.max().item(),
-                   "lr": optimizer.param_groups[0]["lr"], "tokens_per_s": round(tokens_per_s)})
+    log(settings, {
+        "stage": stage,
+        "step": step + 1,
+        **losses,
+        "grad_norm": norm.max().item(),
+        "lr": optimizer.param_groups[0]["lr"],
+        "tokens_per_s": round(tokens_per_s),
+    })
 
 
 # ------------------------------------------------------------------------------ held-out evaluation
@@ -315,13 +322,19 @@ def evaluate(model, examples, training, settings, loss_base, with_router, receiv
     metrics["loss_router"] = loss(w, "router")
     w = w.cpu().numpy()
     metrics["map"] = round(average_precision(w, p).mean(), 4)
-    auc = pole_auc(w, p)
-    metrics["auc"] = {name: round(auc[i], 4) for i, name in enumerate(TRAITS) if auc[i] == auc[i]}
+    metrics["auc"] = {}
+    for trait, auc in zip(TRAITS, pole_auc(w, p)):
+        if not np.isnan(auc):                   # a pole that all or none of the records call for
+            metrics["auc"][trait] = round(auc, 4)
     rng = np.random.default_rng(0)
-    chance = [average_precision(rng.random(p.shape), p).mean() for _ in range(200)]
+    chance = []
+    for _ in range(200):
+        guess = rng.random(p.shape)
+        chance.append(average_precision(guess, p).mean())
     metrics["map_chance"] = round(np.mean(chance), 4)
-    prior = np.mean([example.p for example in training], axis=0)                    # (E,)
-    metrics["map_prior"] = round(average_precision(np.tile(prior, (len(p), 1)), p).mean(), 4)
+    commonest = np.mean([example.p for example in training], axis=0)                # (E,)
+    prior = np.tile(commonest, (len(p), 1))                                         # (n, E)
+    metrics["map_prior"] = round(average_precision(prior, p).mean(), 4)
     return metrics
 
 
