@@ -5,6 +5,7 @@ With one process every function here says so or does nothing.
 
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -40,6 +41,48 @@ def sum_over_processes(tensors):
     if process_count() > 1:
         for t in tensors:
             dist.all_reduce(t)
+
+
+def gradient_of(t):
+    """A parameter's gradient; zeros where this process had no row that reached it."""
+    if t.grad is None:
+        t.grad = torch.zeros_like(t)
+    return t.grad
+
+
+def average_gradients(parameters):
+    """The mean over all processes, in place, where each has the whole gradient already: it keeps
+    them in step to the bit.
+    """
+    if process_count() == 1:
+        return
+    gradients = [gradient_of(t) for t in parameters]
+    sum_over_processes(gradients)
+    for gradient in gradients:
+        gradient /= process_count()
+
+
+def watch_signals():
+    """A list that gets each SIGINT and SIGTERM: the run ends after the step that is under way.
+
+    A second one ends it at once.
+    """
+    received = []
+
+    def on_signal(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    return received
+
+
+def interrupted(received):
+    """Whether a signal came to this process or to any other."""
+    count = torch.tensor(float(len(received)))
+    sum_over_processes([count])
+    return count.item() > 0
 
 
 def my_share(n):

@@ -18,7 +18,7 @@ import numpy as np
 
 from data import TRAITS, ChatTokenizer, Example, by_hash, make_examples, split
 from plumbing import (HERE, UserError, absolute, atomic_write, default_encoder, file_sha256,
-                      find_model, model_table, read_lines, write_json)
+                      find_model, model_table, read_json, read_lines, write_json)
 
 # "tiny" is tuned on the embedded base, "quick" is for real ones on a laptop, "paper" is section 4.3
 # and appendix A
@@ -419,6 +419,38 @@ def save_run(model, settings, with_router):
         with atomic_write(out / "router.safetensors") as tmp:
             save_file(tensors, tmp)
     write_json(out / "personafuse.json", saved_settings(settings))
+
+
+def export_merged(model, w, folder, out):
+    """Write the base of `folder` with the experts merged at w (E,) as a Hugging Face checkpoint."""
+    from huggingface_hub import save_torch_state_dict
+    from lora import merge, unmerge
+    from safetensors import SafetensorError
+    if Path(out).exists():
+        raise UserError(f"{out} exists already: name a new folder")
+    originals = merge(model.base, w)
+    tensors = {}
+    for name, t in model.base.named_parameters():
+        if not name.endswith((".A", ".B")):
+            tensors[name if name.startswith("lm_head") else f"model.{name}"] = t.detach()
+    unmerge(model.base, originals)                      # `tensors` still holds the merged ones
+
+    tmp = Path(f"{out}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        tmp.mkdir(parents=True)
+        save_torch_state_dict(tensors, tmp)             # shards of 5 GB, and their index
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            if (folder / name).exists():
+                shutil.copy(folder / name, tmp)
+        config = read_json(folder / "config.json", "")
+        config["torch_dtype"] = str(model.base.dtype).removeprefix("torch.")
+        write_json(tmp / "config.json", config)
+        tmp.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}")
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def log(settings, line):

@@ -10,13 +10,12 @@
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
 from data import TRAITS, ChatTokenizer, parse_traits
-from plumbing import (UserError, find_model, model_table, read_json, read_lines, run_program,
-                      write_json)
+from plumbing import UserError, find_model, model_table, read_json, read_lines, run_program
+from runs import export_merged
 
 # torch, and what imports it, is imported where it is used: --help and a mistyped option answer at
 # once
@@ -256,42 +255,6 @@ def answer_turn(model, query, history, setting, args):
     return answer(model, prompt, w, args, stream=True)
 
 
-# ------------------------------------------------------------------------------------------ export
-
-def export_merged(model, w, folder, out):
-    """Write the base of `folder` with the experts merged at w (E,) as a Hugging Face checkpoint."""
-    from huggingface_hub import save_torch_state_dict
-    from lora import merge, unmerge
-    from safetensors import SafetensorError
-    if Path(out).exists():
-        raise UserError(f"{out} exists already: name a new folder")
-    originals = merge(model.base, w)
-    tensors = {}
-    for name, t in model.base.named_parameters():
-        if not name.endswith((".A", ".B")):
-            tensors[name if name.startswith("lm_head") else f"model.{name}"] = t.detach()
-    unmerge(model.base, originals)                      # `tensors` still holds the merged ones
-
-    tmp = Path(f"{out}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        tmp.mkdir(parents=True)
-        save_torch_state_dict(tensors, tmp)             # shards of 5 GB, and their index
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            if (folder / name).exists():
-                shutil.copy(folder / name, tmp)
-        config = read_json(folder / "config.json", "")
-        config["torch_dtype"] = str(model.base.dtype).removeprefix("torch.")
-        write_json(tmp / "config.json", config)
-        tmp.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}")
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    print(f"wrote {out}: load it with transformers, vLLM, or any engine that reads Hugging Face "
-          "checkpoints")
-
-
 # -------------------------------------------------------------------------------------------- main
 
 def main():
@@ -308,6 +271,8 @@ def main():
         if w is None:
             raise UserError("--export merges experts: --route none has none")
         export_merged(model, w[0], find_model(base), args.export)
+        print(f"wrote {args.export}: load it with transformers, vLLM, or any engine that reads "
+              "Hugging Face checkpoints")
     elif not queries:
         converse(model, args)
     elif args.json:

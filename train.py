@@ -13,7 +13,6 @@
     3 joint    experts, encoder, embeddings   --batch3 records                     Eq. 2, w by Eq. 1
 """
 
-import signal
 import time
 from dataclasses import asdict
 
@@ -28,8 +27,8 @@ from lora import clip_experts
 from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, trait_loss
 from personafuse import build, pad, pick_device, response_batch
 from plumbing import UserError, run_program
-from processes import (joined_processes, my_share, process_count, process_rank, shard,
-                       sum_over_processes)
+from processes import (average_gradients, gradient_of, interrupted, joined_processes, my_share,
+                       process_count, process_rank, shard, sum_over_processes, watch_signals)
 from router import average_precision, pole_auc
 from runs import (VARIANTS, load_state, log, open_run, parse_arguments, read_examples, save_run,
                   save_state, state_file, trainable, write_examples)
@@ -98,47 +97,6 @@ def response_loss(model, batch, w, settings):
     return lm + ((w - w.detach()) * w_leaf.grad).sum()
 
 
-# -------------------------------------------------------------------------- signals and gradients
-
-def gradient_of(t):
-    """A parameter's gradient; zeros where this process had no row that reached it."""
-    if t.grad is None:
-        t.grad = torch.zeros_like(t)
-    return t.grad
-
-
-def average_router_gradients(model, stage):
-    """Every process has the router's whole gradient; their mean keeps all in step to the bit."""
-    if process_count() > 1 and stage > 1:
-        gradients = [gradient_of(t) for _, t in trainable(model, stage=2)]
-        sum_over_processes(gradients)
-        for gradient in gradients:
-            gradient /= process_count()
-
-
-def watch_signals():
-    """A list that gets each SIGINT and SIGTERM: the run ends after the step that is under way.
-
-    A second one ends it at once.
-    """
-    received = []
-
-    def on_signal(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    return received
-
-
-def interrupted(received):
-    """Whether a signal came to this process or to any other."""
-    count = torch.tensor(float(len(received)))
-    sum_over_processes([count])
-    return count.item() > 0
-
-
 # ----------------------------------------------------------------------------------------- a stage
 
 def run_stage(model, stage, first_step, examples, settings, received):
@@ -174,7 +132,8 @@ def run_stage(model, stage, first_step, examples, settings, received):
         # the paper is in stage_loss; backward fills .grad of all that this stage trains
         loss, losses = stage_loss(model, stage, batch, settings)
         loss.backward()
-        average_router_gradients(model, stage)
+        if stage > 1 and model.router:
+            average_gradients(model.router.parameters())
         norm = clip_gradients(model, stage, settings)
         # a signal to one process stops all of them at this step
         stop = interrupted(received)
