@@ -29,6 +29,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from conftest import MINI  # noqa: E402
 
+import bench_answers  # noqa: E402
 from bench_generate import generate_throughput, server_throughput  # noqa: E402
 from bench_scale import base_flops, block_parameters, cost, memory_table, rehearsal, training_memory  # noqa: E402
 from data import TRAITS, load_records, split  # noqa: E402
@@ -242,6 +243,7 @@ def main():
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--rehearsal", action="store_true")
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--answers", metavar="RUN", help="a run's answers: do they loop, are they English; its losses")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
     s = parser.parse_args()
@@ -252,6 +254,9 @@ def main():
         return rehearsal()
     if s.cost:
         return cost()
+    if s.answers:
+        bench_answers.answers(s.answers)
+        return bench_answers.loss(s.answers)
     if s.memory:
         memory_table()
         with tempfile.TemporaryDirectory() as folder:
