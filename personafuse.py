@@ -396,15 +396,19 @@ class PersonaFuse(nn.Module):
     def device(self):
         return self.base.device
 
-    @torch.no_grad()
-    def embed(self, queries, rows=32):
-        """Queries (token ids of encode_query) -> persona embeddings h (n, d)."""
-        width = self.router.e.shape[1]
-        h = torch.empty(len(queries), width, device=self.device)
-        for part in like_lengths([len(query) for query in queries], rows):
+    def embed(self, queries, rows=32, checkpointing=False):
+        """Queries (token ids of encode_query) -> persona embeddings h (n, d).
+
+        The encoder reads like lengths together, so that little is padded.
+        """
+        parts = like_lengths([len(query) for query in queries], rows)
+        h = []
+        for part in parts:
             tokens, lengths = pad([queries[i] for i in part], self.device)
-            h[part] = self.router.embed(tokens, lengths)
-        return h
+            h.append(self.router.embed(tokens, lengths, checkpointing))         # (rows, d)
+        # row k of all of them is query order[k]
+        order = torch.tensor([i for part in parts for i in part], device=self.device)
+        return torch.cat(h)[order.argsort()]
 
     def mixing_weights(self, queries, route="learned", top_k=None, seed=0):
         """Queries (strings) -> w (n, E), or None for the bare base (route "none").
@@ -493,7 +497,10 @@ def response_batch(examples, device):
 # ----------------------------------------------------------------------------------------- loading
 
 def pick_device(name="auto", base=None):
-    """"auto" is cuda, then mps, then cpu, the first that is here; for the tiny base the CPU."""
+    """"auto" is cuda, then mps, then cpu, the first that is here; for the tiny base the CPU.
+
+    On a CPU, from here on, the number of threads is fixed.
+    """
     if name == "auto":
         # where no other is here, or for a base that is too small to gain from one
         name = "cpu"
@@ -503,6 +510,9 @@ def pick_device(name="auto", base=None):
             name = "mps"
         if base == "tiny":
             name = "cpu"
+    # PyTorch lets its matrix library take fewer threads when that sees fit, and a sum in another
+    # order has other last bits; to set their number, even to what it is, forbids it
+    torch.set_num_threads(torch.get_num_threads())
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -27,7 +27,7 @@ PRESETS = {
         steps1=60, batch1=4, lr1=4e-3,
         steps2=200, batch2=64, group=4, lr2=2e-3, lr_e=1e-2,
         steps3=20, batch3=32, lr3=1e-3,
-        pooling="words", tau=0.05, margin=0.0, beta=0.1, max_length=512, micro_batch=10),
+        pooling="words", tau=0.05, margin=0.0, beta=0.1, max_length=512, micro_batch=5),
     "quick": dict(
         steps1=40, batch1=2, lr1=5e-4,
         steps2=60, batch2=32, group=4, lr2=1e-4, lr_e=1e-2,

@@ -25,7 +25,7 @@ from data import (TRAITS, expert_batch, expert_subsets, joint_batch, load_record
                   trait_groups)
 from lora import clip_experts
 from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, trait_loss
-from personafuse import build, pad, pick_device, response_batch
+from personafuse import build, pick_device, response_batch
 from plumbing import UserError, run_program
 from processes import (average_gradients, gradient_of, interrupted, joined_processes, my_share,
                        process_count, process_rank, shard, sum_over_processes, watch_signals)
@@ -44,10 +44,10 @@ def stage_loss(model, stage, batch, settings):
         lm = response_loss(model, batch, w, settings)                               # Eq. 8
         return lm, {"lm": lm}
 
-    # queries are short and the encoder small: all of them in one pass, for Eq. 5 compares pairs
-    queries, lengths = pad([example.query for example in batch.examples], model.device)
+    # queries are short and the encoder small: all of them at once, for Eq. 5 compares pairs
+    queries = [example.query for example in batch.examples]
     p = torch.tensor([example.p for example in batch.examples], device=model.device)    # (B, E)
-    h = model.router.embed(queries, lengths, settings.checkpointing)                # (B, d)
+    h = model.embed(queries, checkpointing=settings.checkpointing)                  # (B, d)
     similarity = cosine(h, model.router.e)                                          # Eq. 4, (B, E)
     contrastive = contrastive_loss(similarity, p, settings.margin)                  # Eq. 3
     trait = trait_loss(h, p)                                                        # Eq. 5
@@ -113,7 +113,8 @@ def run_stage(model, stage, first_step, examples, settings, received):
     if stage == 2 and first_step == 0:
         # the expert embeddings start at the class means of h; 4,096 queries tell them
         known = examples[:4096]
-        h = model.embed([example.query for example in known])                       # (n, d)
+        with torch.no_grad():
+            h = model.embed([example.query for example in known])                   # (n, d)
         model.router.init_embeddings(h, torch.tensor([example.p for example in known]))
     if path.exists():
         load_state(path, model, optimizer)
@@ -258,22 +259,24 @@ def held_out_loss(model, examples, w, received, what):
     return round((total[0] / total[1]).item(), 4)
 
 
-def evaluate(model, examples, training, settings, loss_base, with_router, received):
+def evaluate(model, examples, training, settings, known, with_router, received):
     """The held-out examples after a stage -> a dict of figures.
 
     The response loss per token with and without experts, and how well the router's weights rank
-    the right experts, beside rankings that know nothing of the query.
+    the right experts, beside rankings that know nothing of the query. `known` are losses that an
+    earlier stage measured and the last one has not changed.
     """
     def loss(w, what):
         return held_out_loss(model, examples, w, received, what)
 
     p = np.array([example.p for example in examples])                               # (n, E)
-    metrics = {"loss_base": loss_base or loss(None, "bare base")}
+    metrics = {"loss_base": known.get("loss_base") or loss(None, "bare base")}
     if len(settings.names) == 1:
         w = torch.ones(len(examples), 1, device=model.device)
         return metrics | {"loss_lora": loss(w, "one LoRA")}
     oracle = torch.tensor(p / p.sum(axis=1, keepdims=True), dtype=torch.float32)
-    metrics["loss_oracle"] = loss(oracle.to(model.device), "experts mixed by p")
+    metrics["loss_oracle"] = (known.get("loss_oracle")
+                              or loss(oracle.to(model.device), "experts mixed by p"))
     if not with_router:
         return metrics
 
@@ -351,7 +354,7 @@ def run_stages(settings, device):
     for stage in range(1, first_stage):
         if state_file(settings, stage).exists():
             load_state(state_file(settings, stage), model)
-    loss_base = None
+    known = {}
     for stage in stages:
         if stage < first_stage:
             continue
@@ -362,8 +365,10 @@ def run_stages(settings, device):
             save_run(model, settings, with_router)
         if not held_out:
             continue
-        metrics = evaluate(model, held_out, training, settings, loss_base, with_router, received)
-        loss_base = metrics["loss_base"]
+        metrics = evaluate(model, held_out, training, settings, known, with_router, received)
+        # the base never changes, and stage 2 leaves the experts as they are
+        unchanged = ("loss_base", "loss_oracle") if stage == 1 else ("loss_base",)
+        known = {name: metrics[name] for name in unchanged if name in metrics}
         if is_main:
             print_evaluation(metrics, len(held_out))
             steps = (settings.steps1, settings.steps2, settings.steps3)[stage - 1]

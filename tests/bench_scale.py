@@ -100,7 +100,7 @@ def rehearse():
         if process_rank() == 0:
             save_run(model, settings, with_router=True)
         watch.part("saving experts and router")
-        evaluate(model, held_out, training, settings, None, True, [])
+        evaluate(model, held_out, training, settings, {}, True, [])
         watch.part(f"evaluating {len(held_out)} held-out records in three ways")
         if process_rank() == 0:
             open_run(replace(settings, resume=True), [1, 2, 3])

@@ -109,6 +109,16 @@ def test_the_model_in_one_call_is_the_router_then_the_base(model, examples):
             assert (logits[i, :len(ids)] - alone).abs().max() < 1e-4
 
 
+def test_queries_read_in_parts_keep_their_places(model, examples):
+    queries = [r.query for r in examples[:10]]
+    assert [len(q) for q in queries] != sorted(len(q) for q in queries)
+    with torch.no_grad():
+        h = model.embed(queries, rows=3)
+        for i, query in enumerate(queries):
+            alone = model.router.encoder(torch.tensor([query]))[0, -1]
+            assert (h[i] - alone).abs().max() < 1e-4
+
+
 def test_query_tokens_do_not_count(model, examples):
     tokens, targets = response_batch(examples[:3], CPU)
     for i, r in enumerate(examples[:3]):
