@@ -109,6 +109,14 @@ def check_supported(path, c, rope, rope_type):
 
 # ------------------------------------------------------------------------------------------- Llama
 
+# MKL, which computes these two for PyTorch on Intel's CPUs, chooses a kernel at the first call of
+# each. When two threads make that call at once, one of them may get a coarse kernel, off by 1e-4
+# (github.com/pytorch/pytorch/issues/188792): one run of a dozen then ended with other bits. So the
+# first call is made here, by one thread.
+torch.zeros(1).cos()
+torch.zeros(1).sin()
+
+
 def rope(config, positions):
     """Rotary embeddings: positions (B, T) -> cos, sin (B, 1, T, c/2), fp32.
 
@@ -497,10 +505,7 @@ def response_batch(examples, device):
 # ----------------------------------------------------------------------------------------- loading
 
 def pick_device(name="auto", base=None):
-    """"auto" is cuda, then mps, then cpu, the first that is here; for the tiny base the CPU.
-
-    On a CPU, from here on, the number of threads is fixed.
-    """
+    """"auto" is cuda, then mps, then cpu, the first that is here; for the tiny base the CPU."""
     if name == "auto":
         # where no other is here, or for a base that is too small to gain from one
         name = "cpu"
@@ -510,9 +515,6 @@ def pick_device(name="auto", base=None):
             name = "mps"
         if base == "tiny":
             name = "cpu"
-    # PyTorch lets its matrix library take fewer threads when that sees fit, and a sum in another
-    # order has other last bits; to set their number, even to what it is, forbids it
-    torch.set_num_threads(torch.get_num_threads())
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
