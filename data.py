@@ -10,6 +10,7 @@ import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -431,6 +432,12 @@ def make_examples(records, tokenizer, encoder_tokenizer, max_length, answer="res
     return examples
 
 
+@lru_cache(maxsize=2 * len(TRAITS))
+def shuffled(n, *key):
+    """range(n) in an order that the key decides. Every step of an epoch asks for the same one."""
+    return np.random.default_rng(key).permutation(n)
+
+
 def sample_indices(n, count, step, *key):
     """The `count` members of range(n) that belong to this step, walking through fresh shuffles.
 
@@ -439,7 +446,7 @@ def sample_indices(n, count, step, *key):
     chosen = []
     while len(chosen) < count:
         epoch, start = divmod(step * count + len(chosen), n)
-        order = np.random.default_rng([*key, epoch]).permutation(n)
+        order = shuffled(n, *key, epoch)
         missing = count - len(chosen)
         chosen += order[start:start + missing].tolist()
     return chosen
