@@ -275,8 +275,9 @@ class Llama(nn.Module):
         pass instead of keeping what it computed.
         """
         length = tokens.shape[1]
-        if cache is None:
-            tokens = F.pad(tokens, (0, self.few_shapes(length, 32) - length))
+        missing = self.few_shapes(length, 32) - length
+        if missing and cache is None:
+            tokens = F.pad(tokens, (0, missing))
         T = tokens.shape[1]
         if positions is None:
             start = cache.length if cache else 0
@@ -303,9 +304,10 @@ class Llama(nn.Module):
     def logits(self, hidden):
         """hidden (..., d) -> (..., V). Apart from `forward`: only positions needed pay for it."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        if hidden.dim() == 2 and len(hidden) > 1:
-            N = len(hidden)
-            missing = self.few_shapes(N, 128) - N
+        N = len(hidden)
+        missing = self.few_shapes(N, 128) - N
+        # where nothing is missing, to cut off nothing would still copy the whole gradient
+        if missing and hidden.dim() == 2 and N > 1:
             padded = F.pad(hidden, (0, 0, 0, missing))
             return linear(padded, head.weight)[:N]
         return linear(hidden, head.weight)

@@ -5,6 +5,7 @@
     python tests/bench.py --memory              memory of training, measured beside the formula of docs/scale.md
     python tests/bench.py --rehearsal           98,838 records through all parts of a run, in two processes
     python tests/bench.py --cost                what a full run costs, calculated
+    python tests/bench.py --answers RUN         a run's answers: do they loop, are they English; its losses
     python tests/bench.py --device cuda         the first two measurements on a GPU
 
 Needs what tests/requirements.txt names.
@@ -268,7 +269,8 @@ def main():
         if s.device == "cpu":
             generate_throughput(folder)
             server_throughput()
-            print(f"mean average precision on the held-out queries of a bag-of-words logistic regression: {held_out_bag_of_words():.3f}")
+            print("mean average precision on the held-out queries of a bag-of-words logistic regression: "
+                  f"{held_out_bag_of_words():.3f}")
 
 
 if __name__ == "__main__":
