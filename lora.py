@@ -52,15 +52,14 @@ class LoRALinear(nn.Module):
 
         Without scales this is the plain layer. Experts stay fp32 beside bf16 activations.
         """
-        y = linear(x, self.weight, self.bias)                   # (B, T, d)
         if scales is None:
-            return y
+            return linear(x, self.weight, self.bias)            # (B, T, d)
+        y = linear(x.flatten(0, 1), self.weight, self.bias)     # (B·T, d)
         # all ten experts in two products: A x holds ten times `rank` numbers, and an expert is
         # silent when its own are multiplied by 0
         low = scales * linear(x, self.A)                        # (B, T, E·rank)
-        # y + B low in one product: a sum after it would pass over all of y once more
-        B = self.B.to(x.dtype)
-        y = torch.addmm(y.flatten(0, 1), low.flatten(0, 1), B.T)
+        # y + B low, written into y: a sum of two would read and write all of y once more
+        y = y.addmm_(low.flatten(0, 1), self.B.to(x.dtype).T)   # (B·T, d)
         return y.view(*x.shape[:-1], -1)
 
 
