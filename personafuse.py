@@ -529,20 +529,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_dtype(name, device, parameters):
     """"fp32", "bf16", "fp16" or a torch.dtype -> torch.dtype.
 
-    "auto" is bf16 where the hardware computes in it (newer GPUs, CPUs with AVX-512 bf16 or AMX),
-    fp32 elsewhere, and on a CPU also for fewer than a billion parameters: they fit as they are.
+    "auto" is bf16 where it saves time (newer GPUs; CPUs with AMX, from a hundred million parameters)
+    or the memory for a billion (CPUs with AVX-512 bf16), fp32 elsewhere.
     """
     if name != "auto":
         return DTYPES.get(name, name)
-    if device.type == "cpu" and parameters < 1e9:
-        return torch.float32
-    return torch.bfloat16 if computes_in_bf16(device) else torch.float32
-
-
-def computes_in_bf16(device):
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported()
-    return device.type == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
+        has = torch.cpu.get_capabilities()
+        faster = has.get("amx_bf16") and parameters >= 1e8
+        smaller = has.get("avx512_bf16") and parameters >= 1e9
+        bf16 = faster or smaller
+    else:
+        bf16 = device.type == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def load_llama(folder, device, dtype, experts=0, rank=8, alpha=16, seed=0, weight_dtype=None,

@@ -1,5 +1,6 @@
 """What runs in bf16: near to fp32, on any CPU, and without a new shape for every length of a text."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -11,12 +12,22 @@ from personafuse import load_llama, load_run, pick_dtype
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("has, parameters, dtype", [
+    ({"amx_bf16": True, "avx512_bf16": True}, 5e6, torch.float32),
+    ({"amx_bf16": True, "avx512_bf16": True}, 135e6, torch.bfloat16),
+    ({"amx_bf16": False, "avx512_bf16": True}, 135e6, torch.float32),
+    ({"amx_bf16": False, "avx512_bf16": True}, 8e9, torch.bfloat16),
+    ({"amx_bf16": False, "avx512_bf16": False}, 8e9, torch.float32),
+    ({"neon": True}, 8e9, torch.float32),                   # a processor of another make
+])
+def test_auto_on_a_cpu_goes_by_its_instructions_and_the_size(monkeypatch, has, parameters, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert pick_dtype("auto", CPU, parameters) == dtype
+    assert pick_dtype("bf16", CPU, parameters) == torch.bfloat16
+
+
 def test_auto_is_fp32_for_a_small_base_on_a_cpu(mini):
     assert load_llama(mini, CPU, "auto").dtype == torch.float32
-    assert pick_dtype("auto", CPU, parameters=135e6) == torch.float32
-    assert pick_dtype("bf16", CPU, parameters=135e6) == torch.bfloat16
-    has_bf16 = torch.cpu._is_avx512_bf16_supported()
-    assert pick_dtype("auto", CPU, parameters=8e9) == (torch.bfloat16 if has_bf16 else torch.float32)
 
 
 def test_responses_score_alike_in_both_types(run, small_data):
