@@ -26,7 +26,7 @@ from data import (TRAITS, expert_batch, expert_subsets, joint_batch, load_record
 from lora import clip_experts
 from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, trait_loss
 from personafuse import build, pick_device, response_batch
-from plumbing import UserError, run_program
+from plumbing import UserError, keep_freed_memory, run_program
 from processes import (average_gradients, gradient_of, interrupted, joined_processes, my_share,
                        process_count, process_rank, shard, sum_over_processes, watch_signals)
 from router import average_precision, pole_auc
@@ -320,6 +320,7 @@ def print_evaluation(metrics, n):
 
 def main():
     settings = parse_arguments(__doc__)
+    keep_freed_memory()
     device = pick_device(settings.device, settings.base)
     with joined_processes(device) as device:
         run_stages(settings, device)

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -325,6 +326,31 @@ def test_a_full_disk_leaves_the_earlier_state(tmp_path):
             with open(tmp, "wb") as file:
                 file.write(bytes(10**6))
     assert load_file(path)["a"].tolist() == [1, 1, 1] and os.listdir(tmp_path) == ["state.safetensors"]
+
+
+THREE_STEPS = """
+import resource, sys
+from plumbing import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+faults = []
+for step in range(3):
+    blocks = [b"x" * 2**23 for _ in range(20)]
+    del blocks
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[2] - faults[1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    pages = {}
+    for freed in ("kept", "given back"):
+        done = subprocess.run([sys.executable, "-c", THREE_STEPS, freed], cwd=ROOT, capture_output=True, text=True, check=True)
+        pages[freed] = int(done.stdout)
+    # 160 MB are 40,960 pages of 4 KB, or 80 huge ones
+    assert pages["kept"] < 10
+    assert pages["given back"] >= 80
 
 
 @pytest.mark.parametrize("variant", ["direct", "human-like", "cot-finetuned"])
