@@ -14,7 +14,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 from plumbing import UserError
@@ -108,6 +107,9 @@ def shard(llama, device):
     """
     if process_count() == 1:
         raise UserError("--shard shares the base among processes: start several with torchrun")
+    # here, because a run that shares nothing need not wait a second for this import
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (process_count(),))
     whole = {t for name, t in llama.named_parameters()
              if name.endswith((".A", ".B")) or not name.startswith("layers.")}
