@@ -535,9 +535,8 @@ def pick_dtype(name, device, parameters):
     if name != "auto":
         return DTYPES.get(name, name)
     if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        faster = has.get("amx_bf16") and parameters >= 1e8
-        smaller = has.get("avx512_bf16") and parameters >= 1e9
+        faster = torch.cpu._is_amx_tile_supported() and parameters >= 1e8
+        smaller = torch.cpu._is_avx512_bf16_supported() and parameters >= 1e9
         bf16 = faster or smaller
     else:
         bf16 = device.type == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)

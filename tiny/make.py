@@ -259,7 +259,7 @@ def main():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     # fp32 weights; what is computed with them is bf16 where that is the faster of the two
-    has_amx = torch.cpu.get_capabilities().get("amx_bf16")
+    has_amx = torch.cpu._is_amx_tile_supported()
     dtype = torch.bfloat16 if has_amx else torch.float32
     llama = Llama(config, dtype=dtype)
     init_weights(llama)
