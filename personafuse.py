@@ -529,8 +529,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_dtype(name, device, parameters):
     """"fp32", "bf16", "fp16" or a torch.dtype -> torch.dtype.
 
-    "auto" is bf16 where it saves time (newer GPUs; CPUs with AMX, from a hundred million parameters)
-    or the memory for a billion (CPUs with AVX-512 bf16), fp32 elsewhere.
+    "auto" is bf16 where that saves time (newer GPUs; CPUs with AMX, from 100 million parameters) or
+    much memory (CPUs with AVX-512 bf16, from a billion), and fp32 elsewhere.
     """
     if name != "auto":
         return DTYPES.get(name, name)
