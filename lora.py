@@ -42,6 +42,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        self.joined = None                      # `join` sets it
         if experts:
             # the ten A_i one below the other, the ten B_i side by side
             self.A = nn.Parameter(torch.empty(experts * rank, d_in))
@@ -61,6 +62,19 @@ class LoRALinear(nn.Module):
         # y + B low, written into y: a sum of two would read and write all of y once more
         y = y.addmm_(low.flatten(0, 1), self.B.to(x.dtype).T)   # (B·T, d)
         return y.view(*x.shape[:-1], -1)
+
+
+def project(x, layers, scales=None):
+    """x (B, T, k) through several layers that all read it -> a y (B, T, d) of each.
+
+    Once `join` has joined their weights, one product serves them all.
+    """
+    joined = layers[0].joined
+    if joined is None or scales is not None:
+        return [layer(x, scales) for layer in layers]
+    weight, bias = joined
+    y = linear(x, weight, bias)                                 # (B, T, every d)
+    return y.split([len(layer.weight) for layer in layers], dim=-1)
 
 
 def expert_scales(w, rank, alpha, dtype):
@@ -112,10 +126,30 @@ def merge(model, w):
     return originals
 
 
+def join(model):
+    """After `merge`: lay the weights of a block that read the same x one below the other.
+
+    These are q, k and v, and gate and up. For one token a product is so short that starting it
+    counts: `project` then starts one for all. Each layer's own weight becomes a view.
+    """
+    for block in model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for layers in ([attention.q_proj, attention.k_proj, attention.v_proj],
+                       [mlp.gate_proj, mlp.up_proj]):
+            weight = torch.cat([layer.weight for layer in layers])
+            bias = None
+            if layers[0].bias is not None:
+                bias = torch.cat([layer.bias for layer in layers])
+            for layer, rows in zip(layers, weight.split([len(layer.weight) for layer in layers])):
+                layer.weight = nn.Parameter(rows, requires_grad=False)
+            layers[0].joined = weight, bias
+
+
 def unmerge(model, originals):
-    """Put back, to the bit, the weights that `merge` returned."""
+    """Put back, to the bit, the weights that `merge` returned; none are joined then."""
     for name, layer in lora_layers(model):
         layer.weight = originals[name]
+        layer.joined = None
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data import ChatTokenizer
-from lora import LoRALinear, expert_scales, init_experts, linear, load_experts
+from lora import LoRALinear, expert_scales, init_experts, linear, load_experts, project
 from plumbing import UserError, absolute, find_model, read_json
 from router import Router, keep_top, random_weights
 
@@ -118,9 +118,9 @@ torch.zeros(1).sin()
 
 
 def rope(config, positions):
-    """Rotary embeddings: positions (B, T) -> cos, sin (B, 1, T, c/2), fp32.
+    """Rotary embeddings: positions (B, T) -> cos, sin (B, 1, T, c), fp32.
 
-    Pair i of a head turns by position · freq_i.
+    Pair i of a head turns by position · freq_i; see `rotate`.
     """
     # the first pairs turn fast and tell neighbours apart, the last ones turn once in a long text
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
@@ -132,15 +132,16 @@ def rope(config, positions):
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / scaling["factor"]
     angle = positions[:, None, :, None] * freq                  # (B, 1, T, c/2)
+    # a pair (a, b) becomes (a cos - b sin, b cos + a sin): the minus is the first one's
+    angle = torch.cat([-angle, angle], dim=-1)                  # (B, 1, T, c)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
     """Turn the pairs (x_i, x_{i + c/2}) of every head, as Hugging Face does. x (B, heads, T, c)."""
-    a, b = x.chunk(2, dim=-1)
-    turned_a = a * cos - b * sin
-    turned_b = b * cos + a * sin
-    return torch.cat([turned_a, turned_b], dim=-1)
+    # in the place of each number the other one of its pair
+    other = x.roll(x.shape[-1] // 2, dims=-1)
+    return x * cos + other * sin
 
 
 class RMSNorm(nn.Module):
@@ -194,9 +195,10 @@ class Attention(nn.Module):
         """x (B, T, d) -> (B, T, d)."""
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
-        q = self.q_proj(x, scales).view(heads).transpose(1, 2)          # (B, H, T, c)
-        k = self.k_proj(x, scales).view(heads).transpose(1, 2)          # (B, K, T, c)
-        v = self.v_proj(x, scales).view(heads).transpose(1, 2)          # (B, K, T, c)
+        q, k, v = project(x, [self.q_proj, self.k_proj, self.v_proj], scales)
+        q = q.view(heads).transpose(1, 2)                               # (B, H, T, c)
+        k = k.view(heads).transpose(1, 2)                               # (B, K, T, c)
+        v = v.view(heads).transpose(1, 2)                               # (B, K, T, c)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if cache:
@@ -220,9 +222,9 @@ class MLP(nn.Module):
         self.down_proj = LoRALinear(config.intermediate_size, config.hidden_size, **lora)
 
     def forward(self, x, scales=None):
+        gate, up = project(x, [self.gate_proj, self.up_proj], scales)
         # the gate says how much of each of the inner features passes
-        gated = F.silu(self.gate_proj(x, scales)) * self.up_proj(x, scales)
-        return self.down_proj(gated, scales)
+        return self.down_proj(F.silu(gate) * up, scales)
 
 
 class Block(nn.Module):
@@ -283,7 +285,7 @@ class Llama(nn.Module):
             start = cache.length if cache else 0
             positions = torch.arange(start, start + T, device=tokens.device)[None]      # (1, T)
         # angles in fp32: far into a text, bf16 could not tell neighbouring positions apart
-        cos, sin = rope(self.config, positions)                         # (1, 1, T, c/2)
+        cos, sin = rope(self.config, positions)                         # (1, 1, T, c)
         cos = cos.to(self.dtype)
         sin = sin.to(self.dtype)
         # the weights belong to the query: the same at every layer and every position

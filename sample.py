@@ -139,10 +139,13 @@ def answer(model, prompt, w, args, stream):
 
     With `stream` it is printed as it is written.
     """
-    from lora import merge, unmerge
+    from lora import join, merge, unmerge
     from personafuse import generate
-    # the weights belong to the query: merged in once, every token costs what the plain model's does
-    originals = merge(model.base, w[0]) if w is not None else {}
+    originals = {}
+    if w is not None:
+        # w belongs to the query: merged in once, every token costs what the plain model's does
+        originals = merge(model.base, w[0])
+        join(model.base)
     ids = []
     shown = ""
     for token in generate(model.base, prompt, args.max_new_tokens, model.tokenizer.stop,

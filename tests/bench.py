@@ -35,7 +35,7 @@ from bench_generate import generate_throughput, server_throughput  # noqa: E402
 from bench_scale import base_flops, block_parameters, cost, memory_table, rehearsal, training_memory  # noqa: E402
 from data import TRAITS, load_records, split  # noqa: E402
 from experiments.record import bag_of_words  # noqa: E402
-from lora import lora_layers, merge  # noqa: E402
+from lora import join, lora_layers, merge  # noqa: E402
 from personafuse import Config, generate, load_llama, pick_device, DTYPES  # noqa: E402
 from plumbing import HERE  # noqa: E402
 from router import average_precision  # noqa: E402
@@ -129,6 +129,7 @@ def decoding(folder, device, dtype, new=64, rounds=5):
     ours = with_experts(folder, device, dtype, 10)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     merge(ours, torch.full((10,), 0.1, device=device))
+    join(ours)
     prompt = torch.randint(3, 49152, (32,)).tolist()
     as_tensor = torch.tensor([prompt], device=device)
     t_ours, t_theirs = in_turn(

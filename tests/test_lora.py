@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import GREEDY, fails_in_one_line, program
+from conftest import GREEDY, FAMILIES, fails_in_one_line, make_model, program
 
 from data import TRAITS
-from lora import LoRALinear, lora_layers, merge, expert_scales, unmerge
-from personafuse import load_llama, load_run
+from lora import LoRALinear, expert_scales, join, lora_layers, merge, unmerge
+from personafuse import Cache, load_llama, load_run
 
 CPU = torch.device("cpu")
 
@@ -42,16 +42,23 @@ def test_untrained_experts_change_nothing(mini):
     assert len(lora_layers(llama)) == 7 * 2                         # q, k, v, o, gate, up, down of both layers
 
 
-def test_merged_is_mixed_and_unmerged_is_the_base_to_the_bit(mini):
-    llama, tokens = with_random_experts(mini), torch.arange(30)[None]
+@pytest.mark.parametrize("family", ["smollm2", "qwen25"])                # without and with biases at q, k and v
+def test_merged_is_mixed_and_unmerged_is_the_base_to_the_bit(family, tmp_path):
+    llama, tokens = with_random_experts(make_model(tmp_path / family, **FAMILIES[family])), torch.arange(30)[None]
     before, w = {k: t.clone() for k, t in llama.state_dict().items()}, torch.rand(10, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         mixed, base = llama(tokens, w[None]), llama(tokens)
         originals = merge(llama, w)
-        merged = llama(tokens)
+        merged, cache = llama(tokens), Cache(llama, 30)
+        join(llama)
+        llama(tokens[:, :29], cache=cache)
+        alone = llama(tokens[:, 29:], cache=cache)                  # one token, as in generation
+        joined = llama(tokens)
         unmerge(llama, originals)
+        again = llama(tokens)
     assert (merged - mixed).abs().max() < 1e-4 and (merged - base).abs().max() > 0.01
-    assert all(torch.equal(t, before[k]) for k, t in llama.state_dict().items())
+    assert (joined - mixed).abs().max() < 1e-4 and (alone - mixed[:, 29:]).abs().max() < 1e-4
+    assert all(torch.equal(t, before[k]) for k, t in llama.state_dict().items()) and torch.equal(again, base)
 
 
 def test_each_expert_loads_in_peft_with_our_logits(run, mini):
