@@ -314,6 +314,19 @@ class Llama(nn.Module):
             return linear(padded, head.weight)[:N]
         return linear(hidden, head.weight)
 
+    def logits_in_parts(self, hidden):
+        """`logits` of hidden (N, d), some positions at a time: yields a slice of N and its logits.
+
+        Where the vocabulary is large, the logits of all would be the largest tensor of a step.
+        """
+        # 24 MB in fp32: memory of that size is used again (plumbing.keep_freed_memory)
+        n = 6 * 2**20 // self.config.vocab_size
+        start = 0
+        for part in hidden.split(n):
+            end = start + len(part)
+            yield slice(start, end), self.logits(part)                  # (n, V)
+            start = end
+
     def few_shapes(self, n, step):
         """n, but in bf16 on a CPU the next multiple of `step`.
 
@@ -468,12 +481,14 @@ class PersonaFuse(nn.Module):
             hidden = self.base(tokens, None if w is None else w[part])          # (B, T, d)
             response = targets >= 0                                             # (B, T)
             # the query's tokens are given, not learned: only the response's positions count
-            logits = self.base.logits(hidden[response])                         # (N, V)
-            losses = F.cross_entropy(logits.float(), targets[response], reduction="none")
+            targets = targets[response]                                         # (N,)
             # the example that each of the N response tokens belongs to
             owner = torch.tensor(part, device=self.device)[response.nonzero()[:, 0]]
-            nll.index_add_(0, owner, losses)
-            greedy[owner[logits.argmax(dim=-1) != targets[response]]] = False
+            for some, logits in self.base.logits_in_parts(hidden[response]):    # (n, V)
+                losses = F.cross_entropy(logits.float(), targets[some], reduction="none")
+                nll.index_add_(0, owner[some], losses)
+                wrong = logits.argmax(dim=-1) != targets[some]
+                greedy[owner[some][wrong]] = False
         return nll, counts, greedy
 
 

@@ -79,14 +79,16 @@ def response_loss(model, batch, w, settings):
         examples = [batch.examples[i] for i in part]
         tokens, targets = response_batch(examples, model.device)                    # (b, T)
         hidden = model.base(tokens, w_leaf[part], checkpointing=settings.checkpointing)
-        # only positions that predict a response token pay for logits
         response = targets >= 0
-        logits = model.base.logits(hidden[response])                                # (N, V)
         token_weight = []
         for i, count in zip(part, counts[start:]):
             token_weight += [batch.token_weight[i] * count] * len(batch.examples[i].answer)
         token_weight = torch.tensor(token_weight, device=model.device)              # (N,)
-        loss = lm_loss(logits, targets[response], token_weight)
+        # only positions that predict a response token pay for logits
+        targets = targets[response]                                                 # (N,)
+        loss = 0
+        for some, logits in model.base.logits_in_parts(hidden[response]):              # (n, V)
+            loss = loss + lm_loss(logits, targets[some], token_weight[some])
         # backward now, so that the next part finds the memory free
         loss.backward()
         lm += loss.detach()

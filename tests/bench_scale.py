@@ -186,8 +186,8 @@ def training_memory(c, tokens, response_tokens, a, weight_bytes=None, checkpoint
 
     c is a Config, a the bytes of an activation (2 for bf16). Kept a token and layer for the backward pass: the inputs and
     outputs of both norms (4 d), q, k, v, the attention's output before and after its transposition ((3 H + 2 K) c), gate,
-    silu(gate), up and their product (4 f), and A x and w ⊙ A x of seven projections (14 E r). The logits of a response
-    token are there three times: as they come, as fp32 log-softmax, and as gradient.
+    silu(gate), up and their product (4 f), and A x and w ⊙ A x of seven projections (14 E r). Of the logits the
+    fp32 log-softmax is kept; as they come and as gradient they are there in parts of 6 * 2^20.
     """
     matrices = 1 if c.tie_word_embeddings else 2
     weights = matrices * c.vocab_size * c.hidden_size + block_parameters(c) * c.num_hidden_layers
@@ -196,7 +196,7 @@ def training_memory(c, tokens, response_tokens, a, weight_bytes=None, checkpoint
     if checkpointing:
         kept = a * c.hidden_size * c.num_hidden_layers + block
     return (weights * (weight_bytes or a), expert_parameters(c) * EXPERTS * c.num_hidden_layers * 16,
-            tokens * kept + response_tokens * c.vocab_size * (a + 4 + 4))
+            tokens * kept + response_tokens * c.vocab_size * 4 + 6 * 2**20 * (a + 4))
 
 
 def encoder_memory(c, tokens, a, checkpointing=False):

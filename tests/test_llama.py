@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FAMILIES, MINI, fails_in_one_line, make_model, program
 from safetensors.torch import load_file, save_file
 
 import personafuse
 from data import ChatTokenizer
-from personafuse import Cache, Config, generate, load_llama
+from personafuse import Cache, Config, Llama, generate, load_llama
 from plumbing import UserError
 
 CPU = torch.device("cpu")
@@ -25,6 +26,22 @@ def test_logits_agree_with_transformers(family, tmp_path):
     tokens = torch.randint(0, MINI["vocab_size"], (2, 200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert (ours.logits(ours(tokens)) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+def test_a_large_vocabularys_logits_come_in_parts_and_are_the_same(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MINI | dict(vocab_size=2**20, hidden_size=4, num_hidden_layers=0)))
+    llama = Llama(Config.from_folder(tmp_path)).requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    llama.embed_tokens.weight.data = torch.randn(2**20, 4, generator=g)
+    hidden = torch.randn(20, 4, generator=g, requires_grad=True)
+    targets = torch.randint(0, 2**20, (20,), generator=g)
+    whole = hidden @ llama.embed_tokens.weight.T
+    wanted, = torch.autograd.grad(F.cross_entropy(whole, targets, reduction="sum"), hidden)
+    parts = list(llama.logits_in_parts(hidden))
+    assert [(some.start, some.stop) for some, _ in parts] == [(0, 6), (6, 12), (12, 18), (18, 20)]     # 6 * 2**20 numbers
+    assert (torch.cat([logits for _, logits in parts]) - whole).abs().max() < 1e-4
+    found, = torch.autograd.grad(sum(F.cross_entropy(logits, targets[some], reduction="sum") for some, logits in parts), hidden)
+    assert (found - wanted).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("shape", [
