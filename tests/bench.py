@@ -38,7 +38,7 @@ from experiments.record import bag_of_words  # noqa: E402
 from losses import lm_loss  # noqa: E402
 from lora import join, lora_layers, merge  # noqa: E402
 from personafuse import Config, generate, load_llama, pick_device, DTYPES  # noqa: E402
-from plumbing import HERE  # noqa: E402
+from plumbing import HERE, keep_freed_memory  # noqa: E402
 from router import average_precision  # noqa: E402
 
 SMOLLM2_135M = MINI | dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -108,6 +108,7 @@ def peft_model(folder, device, dtype):
 
 
 def training_step(folder, device, dtype, rounds=5):
+    keep_freed_memory()                             # as train.py does, here for all three sides
     # a GPU needs more rows, or the time is that of launching kernels
     rows, length = (16, 512) if device.type == "cuda" else (4, 256)
     tokens = torch.randint(0, 49152, (rows, length), device=device)
@@ -206,13 +207,13 @@ def held_out_bag_of_words():
 
 
 MEASURED = """
-import resource, sys
+import sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch, bench
 from losses import lm_loss
 torch.set_num_threads(2)
 rows, length, checkpointing = {rows}, {length}, {checkpointing}
-begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+begun = bench.peak_memory()
 llama = bench.with_experts({folder!r}, torch.device("cpu"), torch.float32, 10)
 params = [t for t in llama.parameters() if t.requires_grad]
 optimizer = torch.optim.AdamW(params, fused=True)
@@ -226,8 +227,13 @@ for step in range(2):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - begun)
+print(bench.peak_memory() - begun)
 """
+
+
+def peak_memory():
+    """Bytes that this program ever held: VmHWM, for ru_maxrss starts at what the program held that started this one."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def memory(folder):
