@@ -72,9 +72,9 @@ def project(x, layers, scales=None):
     joined = layers[0].joined
     if joined is None or scales is not None:
         return [layer(x, scales) for layer in layers]
-    weight, bias = joined
+    weight, bias, widths = joined
     y = linear(x, weight, bias)                                 # (B, T, every d)
-    return y.split([len(layer.weight) for layer in layers], dim=-1)
+    return y.split(widths, dim=-1)
 
 
 def expert_scales(w, rank, alpha, dtype):
@@ -136,13 +136,14 @@ def join(model):
         attention, mlp = block.self_attn, block.mlp
         for layers in ([attention.q_proj, attention.k_proj, attention.v_proj],
                        [mlp.gate_proj, mlp.up_proj]):
+            widths = [len(layer.weight) for layer in layers]            # the d of each
             weight = torch.cat([layer.weight for layer in layers])
             bias = None
             if layers[0].bias is not None:
                 bias = torch.cat([layer.bias for layer in layers])
-            for layer, rows in zip(layers, weight.split([len(layer.weight) for layer in layers])):
+            for layer, rows in zip(layers, weight.split(widths)):
                 layer.weight = nn.Parameter(rows, requires_grad=False)
-            layers[0].joined = weight, bias
+            layers[0].joined = weight, bias, widths
 
 
 def unmerge(model, originals):

@@ -241,6 +241,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), scales)
 
 
+# logits computed at a time by `logits_in_parts`: 24 MB in fp32, for blocks of up to 32 MB are used
+# again (plumbing.keep_freed_memory)
+LOGITS_AT_ONCE = 6 * 2**20
+
+
 class Llama(nn.Module):
     """The decoder. Its parameters have the names of a Hugging Face checkpoint, less "model.".
 
@@ -319,8 +324,7 @@ class Llama(nn.Module):
 
         Where the vocabulary is large, the logits of all would be the largest tensor of a step.
         """
-        # 24 MB in fp32: memory of that size is used again (plumbing.keep_freed_memory)
-        n = 6 * 2**20 // self.config.vocab_size
+        n = LOGITS_AT_ONCE // self.config.vocab_size
         start = 0
         for part in hidden.split(n):
             end = start + len(part)

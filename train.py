@@ -87,7 +87,7 @@ def response_loss(model, batch, w, settings):
         # only positions that predict a response token pay for logits
         targets = targets[response]                                                 # (N,)
         loss = 0
-        for some, logits in model.base.logits_in_parts(hidden[response]):              # (n, V)
+        for some, logits in model.base.logits_in_parts(hidden[response]):           # (n, V)
             loss = loss + lm_loss(logits, targets[some], token_weight[some])
         # backward now, so that the next part finds the memory free
         loss.backward()

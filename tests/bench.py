@@ -68,14 +68,17 @@ def in_turn(rounds, *functions):
     return [statistics.median(t[1:]) for t in times]
 
 
-def our_step(llama, tokens, targets, w):
-    mean = torch.full((targets.numel(),), 1 / targets.numel(), device=targets.device)
+def our_loss(llama, tokens, targets, w, checkpointing=False):
+    """The mean of Eq. 8 over all positions, computed as train.py does."""
+    targets = targets.flatten()
+    mean = torch.full((len(targets),), 1 / len(targets), device=targets.device)
+    hidden = llama(tokens, w, checkpointing=checkpointing).flatten(0, 1)
+    return sum(lm_loss(logits, targets[some], mean[some]) for some, logits in llama.logits_in_parts(hidden))
 
+
+def our_step(llama, tokens, targets, w):
     def step():
-        loss = 0
-        for some, logits in llama.logits_in_parts(llama(tokens, w).flatten(0, 1)):
-            loss = loss + lm_loss(logits, targets.flatten()[some], mean[some])
-        loss.backward()
+        our_loss(llama, tokens, targets, w).backward()
         for _, layer in lora_layers(llama):
             layer.A.grad = layer.B.grad = None
     return step
@@ -210,7 +213,6 @@ MEASURED = """
 import sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch, bench
-from losses import lm_loss
 torch.set_num_threads(2)
 rows, length, checkpointing = {rows}, {length}, {checkpointing}
 begun = bench.peak_memory()
@@ -219,12 +221,7 @@ params = [t for t in llama.parameters() if t.requires_grad]
 optimizer = torch.optim.AdamW(params, fused=True)
 for step in range(2):
     tokens = torch.randint(0, 49152, (rows, length))
-    hidden = llama(tokens, torch.full((rows, 10), 0.1), checkpointing=checkpointing)
-    mean = torch.full((rows * length,), 1 / (rows * length))
-    loss = 0
-    for some, logits in llama.logits_in_parts(hidden.flatten(0, 1)):
-        loss = loss + lm_loss(logits, tokens.flatten()[some], mean[some])
-    loss.backward()
+    bench.our_loss(llama, tokens, tokens, torch.full((rows, 10), 0.1), checkpointing).backward()
     optimizer.step()
     optimizer.zero_grad()
 print(bench.peak_memory() - begun)

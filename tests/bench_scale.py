@@ -19,7 +19,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from data import TRAITS, expert_subsets, load_records, trait_groups  # noqa: E402
-from personafuse import Config, build  # noqa: E402
+from personafuse import LOGITS_AT_ONCE, Config, build  # noqa: E402
 from plumbing import HERE, run_program  # noqa: E402
 from processes import joined_processes, process_count, process_rank  # noqa: E402
 from runs import (PRESETS, load_state, open_run, parse_arguments, read_examples, save_run, state_file,  # noqa: E402
@@ -187,7 +187,7 @@ def training_memory(c, tokens, response_tokens, a, weight_bytes=None, checkpoint
     c is a Config, a the bytes of an activation (2 for bf16). Kept a token and layer for the backward pass: the inputs and
     outputs of both norms (4 d), q, k, v, the attention's output before and after its transposition ((3 H + 2 K) c), gate,
     silu(gate), up and their product (4 f), and A x and w ⊙ A x of seven projections (14 E r). Of the logits the
-    fp32 log-softmax is kept; as they come and as gradient they are there in parts of 6 * 2^20.
+    fp32 log-softmax is kept; as they come and as gradient they are there in parts of LOGITS_AT_ONCE.
     """
     matrices = 1 if c.tie_word_embeddings else 2
     weights = matrices * c.vocab_size * c.hidden_size + block_parameters(c) * c.num_hidden_layers
@@ -196,7 +196,7 @@ def training_memory(c, tokens, response_tokens, a, weight_bytes=None, checkpoint
     if checkpointing:
         kept = a * c.hidden_size * c.num_hidden_layers + block
     return (weights * (weight_bytes or a), expert_parameters(c) * EXPERTS * c.num_hidden_layers * 16,
-            tokens * kept + response_tokens * c.vocab_size * 4 + 6 * 2**20 * (a + 4))
+            tokens * kept + response_tokens * c.vocab_size * 4 + LOGITS_AT_ONCE * (a + 4))
 
 
 def encoder_memory(c, tokens, a, checkpointing=False):
