@@ -1,8 +1,8 @@
-"""What the method learns from: traits, records and their check, the split, Persona-CoT's prompt and
-parser (section 4.2), each model's chat format, and the batches of the three stages. No torch here.
+"""What the method learns from: traits, records and their check, the split, each model's chat format,
+and the batches of the three stages. No torch here.
 
 A record is (q, r, p): a query, the response that fits its situation, and the trait activation
-vector p in {0,1}^10.
+vector p in {0,1}^10. Persona-CoT (section 4.2) makes them: experiments/persona_cot.py.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plumbing import UserError, read_json, read_lines
+from plumbing.files import UserError, read_json, read_lines
 
 # The ten poles, in the order of p, of the experts and of their embeddings (footnote 3).
 TRAITS = [
@@ -26,6 +26,12 @@ TRAITS = [
     "high agreeableness", "low agreeableness",
     "high neuroticism", "low neuroticism",
 ]
+
+
+# what is trained -> the key of the answer that it is trained on; all but the first are baselines
+# (section 6.1)
+VARIANTS = {"personafuse": "response", "direct": "naive_response",
+            "human-like": "human_like_response", "cot-finetuned": "response"}
 
 
 # ----------------------------------------------------------------------------------------- records
@@ -119,133 +125,6 @@ def parse_traits(text):
             raise UserError(f"the weight of {name!r} is {value.strip()}, out of the range 0 to 1")
         w[TRAITS.index(name)] = weight
     return w
-
-
-# ------------------------------------------------------------------- Persona-CoT: prompt and parser
-
-PERSONA_COT = """\
-Answer a user in five steps. Write every step down under its number, with the lines that are \
-named there.
-
-The user wrote:
-<<<
-{query}
->>>
-
-Step 1: Read the social cue. What do tone, feeling and intent say about the person, and about how \
-they want to be met?
-Social cue: [one sentence]
-
-Step 2: Read the task cue. What does the person want done, and what must an answer to it be: \
-exact, inventive, brief, kind?
-Task cue: [one sentence]
-
-Step 3: Choose the personality traits that the answer should show to fit each cue. They are the \
-answer's, not the user's:
-somebody worried may need somebody calm. Choose one to four of these ten, and never both poles of \
-one trait:
-High Openness (imaginative, curious) or Low Openness (practical, conventional)
-High Conscientiousness (organised, thorough) or Low Conscientiousness (flexible, spontaneous)
-High Extraversion (lively, talkative) or Low Extraversion (quiet, reserved)
-High Agreeableness (warm, supportive) or Low Agreeableness (blunt, challenging)
-High Neuroticism (alert to what may go wrong) or Low Neuroticism (calm, confident)
-Social traits: [names from this list with commas between them, or none]
-Task traits: [names from this list with commas between them, or none]
-
-Step 4: Plan how each of these traits will be heard in what the answer says, in its order and in \
-its words.
-Plan: [one sentence for each trait]
-
-Step 5: Write what the user will read, showing the traits without naming them. Then explain how \
-you showed them. End with:
-##Response: [what the user will read]
-##Persona Behavior Rationale: [how it shows the traits]
-"""
-FRIEND = """\
-You and I are old friends having a relaxed chat. Keep it casual and warm, the way people talk \
-over coffee: everyday words,
-a bit of humour where it fits, no lists, nothing official. Here is what I want to talk about:
-{query}"""
-
-# a key of the record -> the prompt that makes it: Persona-CoT (Table 9), then what the baselines of
-# section 6.1 learn from
-PROMPTS = {"response": PERSONA_COT, "naive_response": "{query}", "human_like_response": FRIEND}
-
-PARTS = ("social cue", "social trait", "task cue", "task trait", "response", "rationale")
-
-# a heading stands at the start of a line, behind list numbers and bold marks, or anywhere behind ##
-HEADING = re.compile(
-    r"(?:^|(?<!#)(?=##))[ \t>#*_.)\d-]*(?:step[ \t]*\d+[ \t]*[:.)-]+[ \t#*_]*)?"
-    r"(social cue|social traits?|task cue|task traits?|(?:final )?response|"
-    r"(?:persona )?(?:behaviou?r )?rationale)"
-    r"[ \t*_]*(?::[*_]*|$)", re.I | re.M)
-
-# "High Openness", "**high** in openness", "Openness to Experience: High", "Openness (high)"
-TRAIT = re.compile(
-    r"(?:(?<![\w/])(high|low)[\s*_-]+(?:(?:in|on|levels? of)[\s*_]+)?)?"
-    r"(openness|conscientiousness|extr[ao]version|agreeableness|neuroticism)(?: to experience)?"
-    r"(?:[\s*_]*[:=(–-]+[\s*_]*(high|low)\b)?", re.I)
-
-
-def read_traits(text):
-    """What follows "Social traits:" -> trait names, of lines up to the first without a trait."""
-    traits = []
-    for line in filter(str.strip, text.splitlines()):
-        if re.match(r"\W*reason", line, re.I):
-            break
-        pole = None
-        found = []
-        for match in TRAIT.finditer(line):
-            before, trait, after = match.groups()
-            # "High Openness and Extraversion" share a pole: one without its own has the last one's
-            own = before or after or pole
-            pole = after or before or pole
-            if own:
-                found.append(f"{own} {trait}".title().replace("Extro", "Extra"))
-            # the rest of the line explains this trait
-            rest = line[match.end():].lstrip("*_ ")
-            if rest.startswith((":", "–", "—", "- ")):
-                break
-        if not found:
-            break
-        traits += found
-    return list(dict.fromkeys(traits))                  # each once, in their order
-
-
-def parse_answer(text):
-    """A model's answer to PERSONA_COT -> social_cue, social_traits, task_cue, task_traits, p,
-    response and rationale, in a dict.
-
-    ValueError is the reason to drop it: no response, no trait (p is all zeros), both poles of one.
-    """
-    text = text.replace("\r\n", "\n").rsplit("</think>", 1)[-1]
-    pieces = HEADING.split(text)                        # before, heading, body, heading, body, ...
-    found = dict.fromkeys(PARTS, "")
-    for heading, body in zip(pieces[1::2], pieces[2::2]):
-        part = next(part for part in PARTS if part in heading.lower())
-        # "[your response]" is the prompt's own placeholder, and a heading may come first as a title
-        content = re.sub(r"\[[^]]*\]", "", body) if part == "response" else body
-        if re.search(r"\w", content):
-            found[part] = body.strip()
-        # some models go on with a query of their own: stop where the first answer ends
-        if part == "rationale" and found["response"]:
-            break
-    # less a rule drawn below the response, less the talk that trails the rationale
-    response = re.sub(r"(\s*\n[-*_`]{3,})+$", "", found["response"])
-    rationale = re.split(r"\n\s*(?:#|-{3}|\*{3})", found["rationale"])[0].strip()
-    if not response:
-        raise ValueError("no response")
-    social_traits = read_traits(found["social trait"])
-    task_traits = read_traits(found["task trait"])
-    return {
-        "social_cue": found["social cue"].partition("\n")[0].strip("*_ "),
-        "social_traits": social_traits,
-        "task_cue": found["task cue"].partition("\n")[0].strip("*_ "),
-        "task_traits": task_traits,
-        "p": activation(social_traits + task_traits),
-        "response": response,
-        "rationale": rationale,
-    }
 
 
 # ------------------------------------------------------------------------------------ chat formats
@@ -387,6 +266,17 @@ class ChatTokenizer:
             parts = self.later_turn
         return ids + self.fill(parts, [query])[0]
 
+    def encode_queries(self, queries, format="raw", max_length=None):
+        if format == "raw":
+            rows = [self.prefix + ids for ids in self.encode_batch(queries)]
+        else:
+            rows = [self.prefix + ids for ids in self.fill(self.first_turn, queries)]
+        return [row[:max_length] for row in rows]
+
+    format_note = "chat format: ?"
+    def check_against(self, weight):
+        pass
+
     def encode_answer(self, response):
         """A response and its end token -> token ids."""
         return self.encode(self.space + response) + [self.end]
@@ -407,28 +297,25 @@ class Example:
         return len(self.prompt) + len(self.answer)
 
 
-def make_examples(records, tokenizer, encoder_tokenizer, max_length, answer="response"):
+def make_examples(records, model, max_length, answer="response"):
     """Records -> Examples.
 
     An answer is cut so that prompt and answer hold max_length tokens; a prompt that leaves it no
     room is dropped.
     """
+    tokenizer = model.tokenizer
     queries = [record["query"] for record in records]
-    prompts = tokenizer.fill(tokenizer.first_turn, queries)
+    prompts = tokenizer.encode_queries(queries, "chat")
     answers = tokenizer.encode_batch([tokenizer.space + record[answer] for record in records])
-    encoder_queries = [[] for _ in records]
-    if encoder_tokenizer:
-        encoder_queries = encoder_tokenizer.encode_batch(queries)
+    encoder_queries = model.encode_queries(queries) if model.router else prompts
+    max_length = min(max_length, model.base.config.max_position_embeddings)
     examples = []
     for record, prompt, ids, query in zip(records, prompts, answers, encoder_queries):
-        prompt = tokenizer.prefix + prompt
         room = max_length - len(prompt)
-        if room <= 0:
-            continue
-        if encoder_tokenizer:
-            query = (encoder_tokenizer.prefix + query)[:max_length]
-        ids = ids + [tokenizer.end]
-        examples.append(Example(prompt, ids[:room], query, record["p"]))
+        if room > 0:
+            ids = ids + [tokenizer.end]
+            arrays = [np.array(row, np.int32) for row in (prompt, ids[:room], query)]
+            examples.append(Example(*arrays, record["p"]))
     return examples
 
 
@@ -442,6 +329,7 @@ def sample_indices(n, count, step, *key):
     """The `count` members of range(n) that belong to this step, walking through fresh shuffles.
 
     A function of its arguments alone (key: seed, stage, ...), so a run can be resumed at any step.
+    n = 3, count = 2: steps 0, 1, 2 -> [2, 0], [1, 0], [1, 2], of the shuffles 2 0 1 and 0 1 2.
     """
     chosen = []
     while len(chosen) < count:
@@ -474,8 +362,9 @@ def trait_groups(examples):
 class Batch:
     """The examples of one step, like lengths together, so that little is padded."""
     examples: list
-    fixed_w: list | None = None     # B rows of mixing weights; None where the router decides
+    fixed_w: list | None = None     # a row of mixing weights each; None where the router decides
     token_weight: list | None = None    # what each response token of an example counts in Eq. 8
+    experts: int = 1                # how many experts' losses the weights add up to
 
 
 def expert_batch(examples, subsets, batch_size, step, seed):
@@ -495,7 +384,8 @@ def expert_batch(examples, subsets, batch_size, step, seed):
         rows += [(example, one_hot, token_weight) for example in chosen]
     rows.sort(key=lambda row: row[0].length)
     batch, one_hots, token_weights = zip(*rows)
-    return Batch(list(batch), list(one_hots), list(token_weights))
+    with_records = sum(bool(subset) for subset in subsets)
+    return Batch(list(batch), list(one_hots), list(token_weights), with_records)
 
 
 def router_batch(examples, groups, batch_size, group_size, step, seed):

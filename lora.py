@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from plumbing import UserError, atomic_write, write_json
+from plumbing.files import UserError, atomic_write, write_json
 
 # every projection of attention and feed-forward, by the names that peft knows too
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -42,7 +42,6 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
-        self.joined = None                      # `join` sets it
         if experts:
             # the ten A_i one below the other, the ten B_i side by side
             self.A = nn.Parameter(torch.empty(experts * rank, d_in))
@@ -54,27 +53,22 @@ class LoRALinear(nn.Module):
         Without scales this is the plain layer. Experts stay fp32 beside bf16 activations.
         """
         if scales is None:
-            return linear(x, self.weight, self.bias)            # (B, T, d)
-        y = linear(x.flatten(0, 1), self.weight, self.bias)     # (B·T, d)
+            return linear(x, self.weight, self.bias)            # W x, (B, T, d)
         # all ten experts in two products: A x holds ten times `rank` numbers, and an expert is
         # silent when its own are multiplied by 0
-        low = scales * linear(x, self.A)                        # (B, T, E·rank)
-        # y + B low, written into y: a sum of two would read and write all of y once more
-        y = y.addmm_(low.flatten(0, 1), self.B.to(x.dtype).T)   # (B·T, d)
-        return y.view(*x.shape[:-1], -1)
+        low = scales * linear(x, self.A)                        # w ⊙ (A x), (B, T, E·rank)
+        # positions in one row of rows, as `add_product` wants them
+        y = linear(x.flatten(0, 1), self.weight, self.bias)     # W x, (B·T, d)
+        y = add_product(y, low.flatten(0, 1), self.B)           # W x + B (w ⊙ (A x))
+        return y.view(*x.shape[:-1], -1)                        # (B, T, d)
 
 
-def project(x, layers, scales=None):
-    """x (B, T, k) through several layers that all read it -> a y (B, T, d) of each.
+def add_product(y, low, B):
+    """y + B low, written into y: y (n, d), low (n, E·rank), B (d, E·rank).
 
-    Once `join` has joined their weights, one product serves them all.
+    `y + linear(low, B)` is the same, but reads and writes y once more: a twentieth of a step.
     """
-    joined = layers[0].joined
-    if joined is None or scales is not None:
-        return [layer(x, scales) for layer in layers]
-    weight, bias, widths = joined
-    y = linear(x, weight, bias)                                 # (B, T, every d)
-    return y.split(widths, dim=-1)
+    return y.addmm_(low, B.to(y.dtype).T)
 
 
 def expert_scales(w, rank, alpha, dtype):
@@ -126,31 +120,11 @@ def merge(model, w):
     return originals
 
 
-def join(model):
-    """After `merge`: lay the weights of a block that read the same x one below the other.
-
-    These are q, k and v, and gate and up. For one token a product is so short that starting it
-    counts: `project` then starts one for all. Each layer's own weight becomes a view.
-    """
-    for block in model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        for layers in ([attention.q_proj, attention.k_proj, attention.v_proj],
-                       [mlp.gate_proj, mlp.up_proj]):
-            widths = [len(layer.weight) for layer in layers]            # the d of each
-            weight = torch.cat([layer.weight for layer in layers])
-            bias = None
-            if layers[0].bias is not None:
-                bias = torch.cat([layer.bias for layer in layers])
-            for layer, rows in zip(layers, weight.split(widths)):
-                layer.weight = nn.Parameter(rows, requires_grad=False)
-            layers[0].joined = weight, bias, widths
-
-
 def unmerge(model, originals):
-    """Put back, to the bit, the weights that `merge` returned; none are joined then."""
+    """Put back, to the bit, the weights that `merge` returned."""
     for name, layer in lora_layers(model):
-        layer.weight = originals[name]
-        layer.joined = None
+        if name in originals:
+            layer.weight = originals[name]
 
 
 # ---------------------------------------------------------------------------------------- training

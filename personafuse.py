@@ -9,20 +9,23 @@ the vocabulary, E experts.
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import ChatTokenizer
-from lora import LoRALinear, expert_scales, init_experts, linear, load_experts, project
-from plumbing import UserError, absolute, find_model, read_json
-from router import Router, keep_top, random_weights
+from data import TRAITS, ChatTokenizer, parse_traits
+from lora import LoRALinear, expert_scales, init_experts, linear, load_experts, save_experts
+from plumbing.files import UserError, atomic_write, read_json, write_json
+from plumbing.models import find_model, model_sha256, published_name
+from plumbing.processes import settle_math
+from router import ROUTES, Router, keep_top, random_weights
 
 
 # ------------------------------------------------------------------------------------------ config
@@ -109,14 +112,6 @@ def check_supported(path, c, rope, rope_type):
 
 # ------------------------------------------------------------------------------------------- Llama
 
-# MKL, which computes these two for PyTorch on Intel's CPUs, chooses a kernel at the first call of
-# each. When two threads make that call at once, one of them may get a coarse kernel, off by 1e-4
-# (github.com/pytorch/pytorch/issues/188792): one run of a dozen then ended with other bits. So the
-# first call is made here, by one thread.
-torch.zeros(1).cos()
-torch.zeros(1).sin()
-
-
 def rope(config, positions):
     """Rotary embeddings: positions (B, T) -> cos, sin (B, 1, T, c), fp32.
 
@@ -195,10 +190,9 @@ class Attention(nn.Module):
         """x (B, T, d) -> (B, T, d)."""
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
-        q, k, v = project(x, [self.q_proj, self.k_proj, self.v_proj], scales)
-        q = q.view(heads).transpose(1, 2)                               # (B, H, T, c)
-        k = k.view(heads).transpose(1, 2)                               # (B, K, T, c)
-        v = v.view(heads).transpose(1, 2)                               # (B, K, T, c)
+        q = self.q_proj(x, scales).view(heads).transpose(1, 2)          # (B, H, T, c)
+        k = self.k_proj(x, scales).view(heads).transpose(1, 2)          # (B, K, T, c)
+        v = self.v_proj(x, scales).view(heads).transpose(1, 2)          # (B, K, T, c)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if cache:
@@ -222,9 +216,9 @@ class MLP(nn.Module):
         self.down_proj = LoRALinear(config.intermediate_size, config.hidden_size, **lora)
 
     def forward(self, x, scales=None):
-        gate, up = project(x, [self.gate_proj, self.up_proj], scales)
         # the gate says how much of each of the inner features passes
-        return self.down_proj(F.silu(gate) * up, scales)
+        inner = F.silu(self.gate_proj(x, scales)) * self.up_proj(x, scales)
+        return self.down_proj(inner, scales)
 
 
 class Block(nn.Module):
@@ -239,11 +233,6 @@ class Block(nn.Module):
         # each half adds to the residual stream x what it has to say about it
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, scales, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x), scales)
-
-
-# logits computed at a time by `logits_in_parts`: 24 MB in fp32, for blocks of up to 32 MB are used
-# again (plumbing.keep_freed_memory)
-LOGITS_AT_ONCE = 6 * 2**20
 
 
 class Llama(nn.Module):
@@ -281,10 +270,6 @@ class Llama(nn.Module):
         keeps several sequences in a cache. `checkpointing` recomputes each block in the backward
         pass instead of keeping what it computed.
         """
-        length = tokens.shape[1]
-        missing = self.few_shapes(length, 32) - length
-        if missing and cache is None:
-            tokens = F.pad(tokens, (0, missing))
         T = tokens.shape[1]
         if positions is None:
             start = cache.length if cache else 0
@@ -306,17 +291,11 @@ class Llama(nn.Module):
                 x = block(x, cos, sin, scales, cache, mask)             # (B, T, d)
         if cache:
             cache.advance(T)
-        return self.norm(x[:, :length])
+        return self.norm(x)
 
     def logits(self, hidden):
         """hidden (..., d) -> (..., V). Apart from `forward`: only positions needed pay for it."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        N = len(hidden)
-        missing = self.few_shapes(N, 128) - N
-        # where nothing is missing, to cut off nothing would still copy the whole gradient
-        if missing and hidden.dim() == 2 and N > 1:
-            padded = F.pad(hidden, (0, 0, 0, missing))
-            return linear(padded, head.weight)[:N]
         return linear(hidden, head.weight)
 
     def logits_in_parts(self, hidden):
@@ -324,32 +303,26 @@ class Llama(nn.Module):
 
         Where the vocabulary is large, the logits of all would be the largest tensor of a step.
         """
-        n = LOGITS_AT_ONCE // self.config.vocab_size
-        start = 0
-        for part in hidden.split(n):
-            end = start + len(part)
-            yield slice(start, end), self.logits(part)                  # (n, V)
-            start = end
-
-    def few_shapes(self, n, step):
-        """n, but in bf16 on a CPU the next multiple of `step`.
-
-        The library under these products keeps buffers for every shape that it has seen, and texts
-        come in every length: without this, memory grows with every step. What is added stands to
-        the right, where a causal model does not look.
-        """
-        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-            return -(-n // step) * step
-        return n
+        # 24 MB in fp32: memory of up to 32 MB is used again (files.keep_freed_memory)
+        n = max(1, 6 * 2**20 // self.config.vocab_size)
+        for start in range(0, len(hidden), n):
+            some = slice(start, start + n)
+            yield some, self.logits(hidden[some])                       # (n, V)
 
 
 # -------------------------------------------------------------------------------------- generation
+
+OVERFLOW = "the model's numbers are not finite: in fp16 they overflow, try --dtype bf16 or fp32"
+
 
 def sample_token(logits, temperature, top_p, generator):
     """logits (n, V) -> token ids (n,): the likeliest at temperature 0, else drawn from the smallest
     set of tokens that holds probability top_p (nucleus sampling).
     """
-    if temperature == 0:
+    if not logits.isfinite().all():
+        raise UserError(OVERFLOW)
+    # the limit: what is much colder than this would overflow
+    if temperature < 1e-3:
         return logits.argmax(dim=-1)
     probs = torch.softmax(logits.float() / temperature, dim=-1)         # (n, V)
     probs, ids = probs.sort(dim=-1, descending=True)
@@ -399,22 +372,19 @@ def generate(llama, prompt, max_new_tokens, stop, w=None, temperature=0.0, top_p
 # ------------------------------------------------------------------------------------- PersonaFuse
 
 class PersonaFuse(nn.Module):
-    """The base with its experts, the router, and the tokenizer of each."""
+    """The base with its experts, the router, and the tokenizer of each.
 
-    def __init__(self, base, tokenizer, router=None, encoder_tokenizer=None):
+    query_format says what the router's encoder reads: "raw", the bare query, or "chat", the prompt
+    up to where the answer starts.
+    """
+
+    def __init__(self, base, tokenizer, router=None, encoder_tokenizer=None, query_format="raw"):
         super().__init__()
         self.base = base
         self.tokenizer = tokenizer
         self.router = router
         self.encoder_tokenizer = encoder_tokenizer
-
-    def forward(self, query, lengths, tokens):
-        """The whole method: a query as the encoder's tokens (B, T_q) with lengths (B,), and prompt
-        and response as the base's tokens (B, T) -> logits (B, T, V).
-        """
-        w = self.router(query, lengths)                                 # (B, E), Eq. 1
-        hidden = self.base(tokens, w)                                   # (B, T, d)
-        return self.base.logits(hidden)
+        self.query_format = query_format
 
     @property
     def experts(self):
@@ -425,48 +395,59 @@ class PersonaFuse(nn.Module):
     def device(self):
         return self.base.device
 
+    def encode_queries(self, queries):
+        """Queries (strings) -> token ids as the router's encoder reads them, a list for each."""
+        context = self.router.encoder.config.max_position_embeddings
+        return self.encoder_tokenizer.encode_queries(queries, self.query_format, context)
+
     def embed(self, queries, rows=32, checkpointing=False):
-        """Queries (token ids of encode_query) -> persona embeddings h (n, d).
+        """Queries (token ids of encode_queries) -> persona embeddings h (n, d).
 
         The encoder reads like lengths together, so that little is padded.
         """
-        parts = like_lengths([len(query) for query in queries], rows)
         h = []
-        for part in parts:
+        order = []
+        for part in like_lengths([len(query) for query in queries], rows):
             tokens, lengths = pad([queries[i] for i in part], self.device)
             h.append(self.router.embed(tokens, lengths, checkpointing))         # (rows, d)
+            order += part
         # row k of all of them is query order[k]
-        order = torch.tensor([i for part in parts for i in part], device=self.device)
+        order = torch.tensor(order, device=self.device)
         return torch.cat(h)[order.argsort()]
 
-    def mixing_weights(self, queries, route="learned", top_k=None, seed=0):
-        """Queries (strings) -> w (n, E), or None for the bare base (route "none").
+    @torch.no_grad()
+    def route(self, queries):
+        """Queries (token ids of encode_queries) -> mixing weights w (n, E), Eq. 1."""
+        return self.router.weights(self.embed(queries))
 
-        "random2" is the paper's Random Route 2; a baseline's one LoRA has weight 1 whatever the
-        route. `top_k` keeps only the largest of the router's weights.
+    def mixing_weights(self, queries, setting="learned", top_k=None, seed=0):
+        """Queries (strings) -> w (n, E), or None for the bare base (setting "none").
+
+        setting: one of ROUTES ("random2" is the paper's Random Route 2), or weights by hand as
+        `parse_traits` reads them. A baseline's one LoRA has weight 1 whatever the route. `top_k`
+        keeps only the largest of the router's weights.
         """
-        if route == "none":
-            return None
         n = len(queries)
         E = self.experts
+        if setting == "none":
+            return None
+        if setting not in ROUTES:
+            if E != len(TRAITS):
+                raise UserError("this run has a single LoRA: weights by hand need the ten experts "
+                                "of --variant personafuse")
+            return torch.tensor([parse_traits(setting)], device=self.device).expand(n, E)
         if E == 1:
             return torch.ones(n, 1, device=self.device)
-        if route == "uniform":
+        if setting == "uniform":
             return torch.full((n, E), 1 / E, device=self.device)
-        if route.startswith("random"):
-            k = int(route.removeprefix("random"))
+        if setting.startswith("random"):
+            k = int(setting.removeprefix("random"))
             return random_weights(n, E, k, seed).to(self.device)
         if self.router is None:
             raise UserError("this run has no router yet: run `python train.py --stage 2`, "
                             "or choose another --route")
-        context = self.router.encoder.config.max_position_embeddings
-        w = self.route([self.encoder_tokenizer.encode_query(query)[:context] for query in queries])
+        w = self.route(self.encode_queries(queries))
         return keep_top(w, top_k) if top_k else w
-
-    @torch.no_grad()
-    def route(self, queries):
-        """Queries (token ids of encode_query) -> mixing weights w (n, E), Eq. 1."""
-        return self.router.weights(self.embed(queries))
 
     @torch.no_grad()
     def response_nll(self, examples, w=None, rows=16):
@@ -493,19 +474,29 @@ class PersonaFuse(nn.Module):
                 nll.index_add_(0, owner[some], losses)
                 wrong = logits.argmax(dim=-1) != targets[some]
                 greedy[owner[some][wrong]] = False
+        if not nll.isfinite().all():
+            raise UserError(OVERFLOW)
         return nll, counts, greedy
 
 
 def like_lengths(lengths, rows):
-    """Indices of the lengths by `rows`, like lengths together, so that little is padded."""
+    """Indices of the lengths by `rows`, like lengths together, so that little is padded.
+
+    like_lengths([5, 9, 4], rows=2) -> [[2, 0], [1]]
+    """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[i:i + rows] for i in range(0, len(order), rows)]
 
 
 def pad(rows, device, fill=0):
-    """Rows of ids -> tokens (B, T), padded on the right, and lengths (B,)."""
+    """Rows of ids -> tokens (B, T), padded on the right, and lengths (B,).
+
+    T is a multiple of 16: the library under bf16 products on a CPU keeps buffers for every shape
+    that it has seen. A causal model does not look to the right.
+    """
     lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.full((len(rows), int(lengths.max())), fill)
+    width = math.ceil(int(lengths.max()) / 16) * 16
+    tokens = torch.full((len(rows), width), fill)
     for i, row in enumerate(rows):
         tokens[i, :len(row)] = torch.tensor(row)
     return tokens.to(device), lengths.to(device)
@@ -514,6 +505,8 @@ def pad(rows, device, fill=0):
 def response_batch(examples, device):
     """Examples -> tokens (B, T), right-padded, and targets (B, T): the response token that follows
     each, or -1 where no response token does.
+
+    prompt [5, 6], answer [7, 8] -> tokens [5, 6, 7], targets [-1, 7, 8]
     """
     tokens = []
     targets = []
@@ -565,92 +558,92 @@ def pick_dtype(name, device, parameters):
 
 
 def load_llama(folder, device, dtype, experts=0, rank=8, alpha=16, seed=0, weight_dtype=None,
-               files=None):
+               layers=None):
     """A Llama with the weights of a folder in the Hugging Face layout, frozen, and fresh experts.
 
     dtype: see pick_dtype. Weights of that type are mapped from the file, not copied; `weight_dtype`
-    keeps them in another. UserError for a folder that is incomplete, broken or too large.
+    keeps them in another. Of its blocks the first `layers`, or all. UserError for a folder that is
+    incomplete, broken or too large.
     """
+    settle_math()
+    config = Config.from_folder(folder)
+    if layers:
+        config = replace(config, num_hidden_layers=min(layers, config.num_hidden_layers))
     with torch.device("meta"):                  # shapes only: no memory is touched yet
-        llama = Llama(Config.from_folder(folder), experts, rank, alpha)
+        llama = Llama(config, experts, rank, alpha)
     parameters = sum(t.numel() for t in llama.parameters())
     llama.dtype = pick_dtype(dtype, device, parameters)
     weight_dtype = weight_dtype or llama.dtype
     check_fits(llama, folder, device, weight_dtype)
-    wanted = base_shapes(llama)
-    paths = files or checkpoint_files(folder)
-    tensors = read_tensors(paths, wanted, device, weight_dtype)
-    if llama.config.tie_word_embeddings and "embed_tokens.weight" not in tensors:
-        # embeddings and head are one matrix, and some checkpoints hold it under the head's name
-        head = {"lm_head.weight": wanted["embed_tokens.weight"]}
-        for t in read_tensors(paths, head, device, weight_dtype).values():
-            tensors["embed_tokens.weight"] = t
-    missing = sorted(wanted.keys() - tensors.keys())
+    wanted = {*llama.state_dict(), "lm_head.weight"}
+    tensors = read_tensors(folder, wanted, device, weight_dtype)
+    if config.tie_word_embeddings:
+        untie(llama, tensors)
+    try:
+        # assign: the tensors become the parameters; not strict, for the experts come next
+        missing = llama.load_state_dict(tensors, strict=False, assign=True).missing_keys
+    except RuntimeError as error:               # it names the tensor and both shapes
+        raise UserError(f"{folder}: {' '.join(str(error).split())}")
+    missing = [name for name in missing if not name.endswith((".A", ".B"))]
     if missing:
         others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: tensor model.{missing[0]} is missing{others}")
-    # assign: the tensors become the parameters; strict would miss the experts, which come next
-    llama.load_state_dict(tensors, strict=False, assign=True)
     if experts:
         init_experts(llama, seed, device)
     return llama.requires_grad_(False)
 
 
-def base_shapes(llama):
-    """name -> shape of every parameter that a checkpoint holds: all but the experts'."""
-    return {name: t.shape for name, t in llama.named_parameters()
-            if not name.endswith((".A", ".B"))}
+def untie(llama, tensors):
+    """A config that ties embeddings and head, and a file with a second matrix, or the head alone.
+
+    As transformers has it: two that differ are two, and a head alone is also the embeddings.
+    """
+    head = tensors.get("lm_head.weight")
+    if head is None:
+        return
+    embeddings = tensors.setdefault("embed_tokens.weight", head)
+    if torch.equal(embeddings, head):
+        del tensors["lm_head.weight"]
+        return
+    llama.config.tie_word_embeddings = False
+    with torch.device("meta"):
+        llama.lm_head = LoRALinear(llama.config.hidden_size, llama.config.vocab_size)
 
 
-def checkpoint_files(folder):
-    """The safetensors files of a model folder: model.safetensors, or the shards of its index."""
+def read_tensors(folder, wanted, device, dtype):
+    """The tensors of a model folder whose names, less "model.", are among `wanted` -> by name."""
     folder = Path(folder)
+    names = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    if index.exists() and not (folder / "model.safetensors").exists():
+    if index.exists() and not (folder / names[0]).exists():
         names = sorted(set(read_json(index, "").get("weight_map", {}).values()))
-        hint = f", which {index.name} names"
-    else:
-        names = ["model.safetensors"]
-        hint = ""
-        if (folder / "pytorch_model.bin").exists():
-            hint = " (pytorch_model.bin is not read, for a pickle may run code: save it again)"
-    for name in names:
-        if not (folder / name).exists():
-            raise UserError(f"{folder} has no {name}{hint}")
-    return [folder / name for name in names]
-
-
-def read_tensors(paths, wanted, device, dtype):
-    """The tensors of safetensors files that `wanted` (name -> shape) asks for, by our names."""
     tensors = {}
-    for path in paths:
+    for path in (folder / name for name in names):
+        if not path.exists():
+            hint = ""
+            if (folder / "pytorch_model.bin").exists():
+                hint = " (pytorch_model.bin is not read, for a pickle may run code: save it again)"
+            raise UserError(f"{folder} has no {path.name}{hint}")
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 for key in file.keys():
-                    # LlamaModel alone is saved without "model.", and a run's router.safetensors
-                    # holds its encoder under "encoder."
-                    name = key.removeprefix("model.").removeprefix("encoder.")
+                    # LlamaModel alone is saved without "model."
+                    name = key.removeprefix("model.")
                     if name in wanted:
-                        check_shape(path, key, file.get_slice(key).get_shape(), wanted[name])
                         tensors[name] = file.get_tensor(key).to(dtype)
-        except UserError:
-            raise
         except Exception as error:              # safetensors has its own type, and OSError
             raise UserError(f"cannot read {path}: {error} (cut short? download or copy it again)")
     return tensors
 
 
-def check_shape(path, key, shape, wanted):
-    if list(shape) != list(wanted):
-        raise UserError(f"{path}: {key} has shape {tuple(shape)}, "
-                        f"config.json asks for {tuple(wanted)}")
-
-
 def check_fits(llama, folder, device, weight_dtype):
     """UserError where the weights alone need more memory than the device has."""
-    has = memory_of(device)
-    if has is None:
-        return
+    if device.type == "cuda":
+        has = torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf"):
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return                                  # Windows does not say
     need = 0
     for name, t in llama.named_parameters():
         expert = name.endswith((".A", ".B"))
@@ -661,68 +654,83 @@ def check_fits(llama, folder, device, weight_dtype):
                         f"{device} has {has / 2**30:.1f} GiB{hint}")
 
 
-def memory_of(device):
-    """Bytes of memory that the device has in all, or None where there is no telling."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
+# ------------------------------------------------------------------------------------ a run's model
 
-
-def check_vocabulary(tokenizer, llama, folder):
-    size = tokenizer.tokenizer.get_vocab_size()
-    if size > llama.config.vocab_size:
-        raise UserError(f"{folder}: tokenizer.json has {size} tokens, the model's vocabulary "
-                        f"{llama.config.vocab_size}: they are not of one model")
-
-
-def build(settings, device, dtype, run=None):
-    """The whole model. settings: a dict with base, encoder, names, rank, lora_alpha, tau, pooling
-    and seed, as train.py writes to personafuse.json. Experts and router are fresh, or read from the
-    folder `run` where it has them.
+def build(settings, device, dtype):
+    """The whole model, with fresh experts and a fresh router, from the settings of a run, a dict:
+    base_folder, encoder_folder (None: no router), names, rank, lora_alpha, encoder_layers, pooling,
+    query_format, start, tau, seed.
     """
-    names = settings["names"]
-    folder = find_model(settings["base"])
+    folder = settings["base_folder"]
     # a base that processes.shard spreads is mapped on the CPU until then
     at = torch.device("cpu") if settings.get("shard") else device
-    base = load_llama(folder, at, dtype, len(names), settings["rank"], settings["lora_alpha"],
-                      settings["seed"])
+    base = load_llama(folder, at, dtype, len(settings["names"]), settings["rank"],
+                      settings["lora_alpha"], settings["seed"])
     tokenizer = ChatTokenizer(folder)
-    check_vocabulary(tokenizer, base, folder)
-    # a run overwrites the fresh experts with its own
-    if run:
-        load_experts(base, names, run)
-
-    trained = Path(run) / "router.safetensors" if run else None
-    if not settings["encoder"] or (run and not trained.exists()):
-        return PersonaFuse(base, tokenizer).requires_grad_(False)
-    folder = find_model(settings["encoder"], "--encoder")
-    files = [trained] if run else None
-    # the encoder is trained whole, by steps too small for bf16 weights
-    encoder = load_llama(folder, device, dtype, weight_dtype=torch.float32, files=files)
+    tokenizer.check_against(base.embed_tokens.weight)
+    folder = settings["encoder_folder"]
+    if folder is None:
+        return PersonaFuse(base, tokenizer)
+    # the encoder's weights stay fp32: it is trained whole, by steps too small for bf16
+    encoder = load_llama(folder, device, dtype, weight_dtype=torch.float32,
+                         layers=settings["encoder_layers"])
     encoder_tokenizer = ChatTokenizer(folder)
-    check_vocabulary(encoder_tokenizer, encoder, folder)
-    router = Router(encoder, len(names), tau=settings["tau"], pooling=settings["pooling"],
-                    seed=settings["seed"])
-    if run:
-        with safe_open(trained, "pt") as file:
-            router.e.data.copy_(file.get_tensor("e"))
-    router = router.to(device)
-    return PersonaFuse(base, tokenizer, router, encoder_tokenizer).requires_grad_(False)
+    encoder_tokenizer.check_against(encoder.embed_tokens.weight)
+    router = Router(encoder, len(settings["names"]), settings["tau"], settings["pooling"],
+                    settings["start"])
+    return PersonaFuse(base, tokenizer, router.to(device), encoder_tokenizer,
+                       settings["query_format"]).requires_grad_(False)
+
+
+def save_run(model, settings, with_router):
+    """What others read, into settings["out"]: every expert in peft's format, the router, and the
+    settings.
+    """
+    out = Path(settings["out"])
+    save_experts(model.base, settings["names"], out, published_name(settings["base"]))
+    if with_router:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in model.router.state_dict().items()}
+        with atomic_write(out / "router.safetensors") as tmp:
+            save_file(tensors, tmp)
+    write_json(out / "personafuse.json", settings)
 
 
 def read_settings(run, base=None):
-    """What train.py was told, from the run's folder. `base`, if given, must be the run's."""
+    """The settings of a run, from its folder, with base and encoder found again.
+
+    `base`, if given, is where the base is now. UserError where their contents are not those that
+    the run was trained on.
+    """
     path = Path(run) / "personafuse.json"
     settings = read_json(path, f"{run} holds no finished stage (no personafuse.json): "
                                "train with train.py first")
-    if base and absolute(base) != settings["base"]:
-        raise UserError(f"the run {run} was made for the base {settings['base']}, not for {base}")
+    for what in ("base", "encoder"):
+        name = settings[what]
+        if name is None:                        # a baseline has no encoder
+            continue
+        folder = Path(settings[f"{what}_folder"])
+        if what == "base" and base:
+            folder = find_model(base)
+        elif not folder.is_dir():
+            folder = find_model(name, f"--{what}")
+        if model_sha256(folder) != settings[f"{what}_sha256"]:
+            raise UserError(f"the run {run} was made on other weights than those of {folder}: "
+                            f"its {what} was {name}, in {settings[f'{what}_folder']}")
+        settings[f"{what}_folder"] = str(folder)
     return settings
 
 
 def load_run(run, device, dtype, base=None):
     """A trained model from the folder that train.py wrote -> (PersonaFuse, its settings)."""
     settings = read_settings(run, base)
-    return build(settings, device, dtype, run), settings
+    trained = Path(run) / "router.safetensors"
+    if not trained.exists():
+        settings["encoder_folder"] = None       # stage 2 has not ended yet
+    model = build(settings, device, dtype)
+    load_experts(model.base, settings["names"], run)
+    if model.router:
+        try:
+            model.router.load_state_dict(load_file(trained, device=str(device)))
+        except Exception as error:              # safetensors has its own type, and OSError
+            raise UserError(f"cannot read {trained}: {' '.join(str(error).split())}")
+    return model.requires_grad_(False), settings

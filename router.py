@@ -11,33 +11,55 @@ from torch import nn
 
 from losses import cosine
 
+# how the experts may be mixed without weights by hand
+ROUTES = ["learned", "uniform", "none", "random1", "random2", "random5"]
 
 class Router(nn.Module):
     """h = f_θ(q), then w_i = softmax_i(cos(h, e_i) / τ).
 
-    `encoder` is any of our Llamas (the persona encoder f_θ, trained whole); `e` (E, d) are the
-    expert embeddings. `pooling` says what of the encoder is h:
-      "last"   its output at the last real token, as decoder encoders do
+    `encoder` is any of our Llamas (the persona encoder f_θ); `e` (E, d) are the expert embeddings.
+    `pooling` says what of the encoder is h:
+      "last"   its output at the last real token, as decoder encoders do (the paper does not say)
       "mean"   the mean of its outputs
+      "both"   these two side by side
       "words"  the mean of its token embeddings: a bag of words that skips its blocks
+    `start` says where training begins:
+      "means"     e_i is the mean of the queries that call for expert i, less the mean of all
+      "whitened"  the same, after an affine map at the end of f_θ that centres h and evens out its
+                  directions; the map is trained from there
     """
 
-    def __init__(self, encoder, num_experts=10, tau=1.0, pooling="last", seed=0):
+    def __init__(self, encoder, num_experts=10, tau=1.0, pooling="last", start="means"):
         super().__init__()
         self.encoder = encoder
         self.tau = tau
         self.pooling = pooling
-        generator = torch.Generator().manual_seed(seed)
-        e = torch.randn(num_experts, encoder.config.hidden_size, generator=generator)
-        self.e = nn.Parameter(e)
+        d = encoder.config.hidden_size * (2 if pooling == "both" else 1)
+        self.map = None
+        if start == "whitened":
+            self.map = nn.Linear(d, d)
+            nn.init.eye_(self.map.weight)                       # until `start_at`
+            nn.init.zeros_(self.map.bias)
+        self.e = nn.Parameter(torch.empty(num_experts, d))      # `start_at` gives them values
 
     def forward(self, tokens, lengths):
         """Eq. 1: queries (B, T), right-padded, and lengths (B,) -> mixing weights w (B, E)."""
         h = self.embed(tokens, lengths)                         # (B, d)
         return self.weights(h)                                  # (B, E)
 
+    def weights(self, h):
+        """Eq. 1: h (B, d) -> mixing weights w (B, E), each row summing to 1."""
+        return torch.softmax(cosine(h, self.e) / self.tau, dim=-1)
+
     def embed(self, tokens, lengths, checkpointing=False):
-        """f_θ: tokens (B, T), lengths (B,) -> persona embeddings h (B, d), in fp32.
+        """f_θ: tokens (B, T), lengths (B,) -> persona embeddings h (B, d), in fp32."""
+        h = self.pool(tokens, lengths, checkpointing)           # (B, d)
+        if self.map is None:
+            return h
+        return self.map(F.normalize(h, dim=-1))
+
+    def pool(self, tokens, lengths, checkpointing=False):
+        """What `pooling` takes of the encoder: tokens (B, T), lengths (B,) -> (B, d), in fp32.
 
         Padding stands to the right of a causal model, so no real token ever sees it.
         """
@@ -46,31 +68,41 @@ class Router(nn.Module):
             hidden = self.encoder.embed_tokens(tokens)                          # (B, T, d)
         else:
             hidden = self.encoder(tokens, checkpointing=checkpointing)          # (B, T, d)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        last = hidden[rows, lengths - 1].float()                                # (B, d)
         if self.pooling == "last":
-            rows = torch.arange(len(tokens), device=tokens.device)
-            return hidden[rows, lengths - 1].float()                            # (B, d)
+            return last
         places = torch.arange(tokens.shape[1], device=tokens.device)
         real = places < lengths[:, None]                                        # (B, T)
         total = (hidden.float() * real[..., None]).sum(dim=1)                   # (B, d)
-        return total / lengths[:, None]
-
-    def weights(self, h):
-        """Eq. 1: h (B, d) -> mixing weights w (B, E), each row summing to 1."""
-        return torch.softmax(cosine(h, self.e) / self.tau, dim=-1)
+        mean = total / lengths[:, None]
+        return torch.cat([last, mean], dim=1) if self.pooling == "both" else mean
 
     @torch.no_grad()
-    def init_embeddings(self, h, p):
-        """Start e_i at the mean direction of the queries that activate expert i, less that of all.
+    def start_at(self, h, p):
+        """Set e, and the map where there is one, by what `pool` makes of the training queries.
 
-        h (n, d) and p (n, E) are of the training queries. The h of an encoder share a large common
-        part; without it the ten means differ, and the router starts as a nearest-mean classifier
-        instead of at random.
+        h (n, d), p (n, E). The h of an encoder share a large common part: without it the ten class
+        means differ, and the router starts as a nearest-mean classifier instead of at random.
         """
         h = F.normalize(h, dim=-1)
+        mean = h.mean(dim=0)                                    # (d,)
+        if self.map is not None:
+            centred = h - mean
+            # C = U diag(v) Uᵀ, and (C + λ)^(-1/2) makes all directions about equally long; λ is
+            # their mean variance: without it the directions in which h hardly varies, and which
+            # the queries at hand tell badly, would count most
+            C = centred.T @ centred / len(h)                    # (d, d)
+            v, U = torch.linalg.eigh(C.double())
+            M = (U * (v + v.mean()) ** -0.5 @ U.T).to(h)
+            self.map.weight.copy_(M)
+            self.map.bias.copy_(-M @ mean)
+            h = self.map(h)
+            mean = h.mean(dim=0)
         p = p.to(h)
         count = p.sum(dim=0)[:, None].clamp(min=1)              # (E, 1)
         class_means = p.T @ h / count                           # (E, d)
-        self.e.copy_(class_means - h.mean(dim=0))
+        self.e.copy_(class_means - mean)
 
 
 def random_weights(n, experts, k, seed=0):

@@ -1,7 +1,7 @@
 """Train PersonaFuse (section 4.3): experts, then router, then all together.
 
-    python train.py --stage all                         the embedded tiny base, minutes on a laptop
-    python train.py --stage all --base smollm2
+    python train.py --stage all --base smollm2          minutes on a laptop
+    python train.py --stage all                         the embedded tiny base, to step through
     python train.py --stage all --base llama-3.1-8b --preset paper
     python train.py --stage all --resume                go on where a run was stopped
     torchrun --nproc_per_node 8 train.py --stage all --base llama-3.1-8b --preset paper
@@ -13,179 +13,206 @@
     3 joint    experts, encoder, embeddings   --batch3 records                     Eq. 2, w by Eq. 1
 """
 
-import time
-from dataclasses import asdict
+import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (TRAITS, expert_batch, expert_subsets, joint_batch, load_records, router_batch,
-                  trait_groups)
+from data import (TRAITS, VARIANTS, by_hash, expert_batch, expert_subsets, joint_batch,
+                  load_records, make_examples, router_batch, split, trait_groups)
 from lora import clip_experts
 from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, trait_loss
-from personafuse import build, pick_device, response_batch
-from plumbing import UserError, keep_freed_memory, run_program
-from processes import (average_gradients, gradient_of, interrupted, joined_processes, my_share,
-                       process_count, process_rank, shard, sum_over_processes, watch_signals)
+from personafuse import build, pad, pick_device, response_batch, save_run
+from plumbing.files import HERE, UserError, file_sha256, keep_freed_memory, number, run_program
+from plumbing.models import absolute, default_encoder, find_model, model_sha256, model_table
+from plumbing.processes import (any_process, from_first, joined_processes, my_share, process_count,
+                                process_rank, shard, sum_over_processes)
+from plumbing.runs import Run
 from router import average_precision, pole_auc
-from runs import (VARIANTS, load_state, log, open_run, parse_arguments, read_examples, save_run,
-                  save_state, state_file, trainable, write_examples)
+
+# A preset holds the defaults that belong to a base. "tiny" is tuned on the embedded one, "quick" on
+# smollm2, "paper" is section 4.3 and appendix A. The last three are sample.py's.
+PRESETS = {
+    "tiny": dict(
+        steps1=60, batch1=4, lr1=4e-3,
+        steps2=200, batch2=64, group=4, lr2=2e-3, lr_e=1e-2,
+        steps3=20, batch3=32, lr3=1e-3,
+        pooling="words", query_format="raw", encoder_layers=0, start="means",
+        tau=0.05, margin=0.0, beta=0.1, max_length=512, micro_batch=5, held_out=512,
+        save_minutes=1, temperature=0.7, top_p=0.9, repetition_penalty=1.0),
+    "quick": dict(
+        steps1=24, batch1=2, lr1=2e-3,
+        steps2=20, batch2=64, group=4, lr2=1e-6, lr_e=1e-4,
+        steps3=10, batch3=16, lr3=5e-5,
+        pooling="both", query_format="chat", encoder_layers=18, start="whitened",
+        tau=0.1, margin=0.0, beta=0.1, max_length=512, micro_batch=4, held_out=48,
+        save_minutes=1.5, temperature=0.5, top_p=0.9, repetition_penalty=1.1),
+    "paper": dict(
+        steps1=1000, batch1=256, lr1=1e-4,
+        steps2=1500, batch2=64, group=64, lr2=1e-4, lr_e=1e-4,
+        steps3=300, batch3=32, lr3=1e-5,
+        pooling="last", query_format="raw", encoder_layers=0, start="means",
+        tau=1.0, margin=0.0, beta=1.0, max_length=2048, micro_batch=32, held_out=512,
+        save_minutes=8, temperature=0.7, top_p=0.9, repetition_penalty=1.0),
+}
 
 
-# ---------------------------------------------------------------------------------------- the loss
+# ------------------------------------------------------------------------------------------ a step
 
-def stage_loss(model, stage, batch, settings):
-    """The loss of a step, as section 4.3 has it -> (the tensor to minimise, all losses by name)."""
-    if batch.fixed_w:
-        # stage 1: each row's w is the one-hot of its expert (and a baseline's one LoRA has w = 1)
-        w = torch.tensor(batch.fixed_w, device=model.device, requires_grad=True)    # (B, E)
-        lm = response_loss(model, batch, w, settings)                               # Eq. 8
-        return lm, {"lm": lm}
+def train_step(model, optimizer, stage, batch, args):
+    """One step of section 4.3 -> its losses by name, and the gradient's norm before clipping.
 
-    # queries are short and the encoder small: all of them at once, for Eq. 5 compares pairs
-    queries = [example.query for example in batch.examples]
-    p = torch.tensor([example.p for example in batch.examples], device=model.device)    # (B, E)
-    h = model.embed(queries, checkpointing=settings.checkpointing)                  # (B, d)
-    similarity = cosine(h, model.router.e)                                          # Eq. 4, (B, E)
-    contrastive = contrastive_loss(similarity, p, settings.margin)                  # Eq. 3
-    trait = trait_loss(h, p)                                                        # Eq. 5
-    router = router_loss(contrastive, trait, settings.loss_alpha, settings.beta)    # Eq. 6
-    losses = {"contrastive": contrastive, "trait": trait, "router": router}
-    if stage == 2:
-        return router, losses
-
-    # the weights are not detached: L_lm teaches the router too
-    w = model.router.weights(h)                                                     # Eq. 1, (B, E)
-    lm = response_loss(model, batch, w, settings)                                   # Eq. 8
-    joint = joint_loss(lm, router, settings.gamma)                                  # Eq. 2
-    return joint, losses | {"lm": lm, "joint": joint}
-
-
-def response_loss(model, batch, w, settings):
-    """Eq. 8 over the batch, in parts of micro_batch rows, shared among the processes.
-
-    Each part runs backward at once: that fills the experts' gradients and frees what the part
-    computed. What comes back has the value of L_lm and, at w (B, E), its gradient g = dL_lm/dw, so
-    that the caller's loss.backward() carries it on into the router.
+    Each term of the stage's loss runs backward as soon as it is there: the gradient of a sum is the
+    sum of the gradients, and what the term computed is freed for the next one.
     """
-    w_leaf = w.detach().requires_grad_()
-    lm = torch.zeros((), device=model.device)
-    # the base is large: only a few rows at a time go through it
-    mine, counts = my_share(len(batch.examples))
-    for start in range(0, len(mine), settings.micro_batch):
-        part = mine[start:start + settings.micro_batch]
-        examples = [batch.examples[i] for i in part]
-        tokens, targets = response_batch(examples, model.device)                    # (b, T)
-        hidden = model.base(tokens, w_leaf[part], checkpointing=settings.checkpointing)
-        response = targets >= 0
-        token_weight = []
-        for i, count in zip(part, counts[start:]):
-            token_weight += [batch.token_weight[i] * count] * len(batch.examples[i].answer)
-        token_weight = torch.tensor(token_weight, device=model.device)              # (N,)
-        # only positions that predict a response token pay for logits
-        targets = targets[response]                                                 # (N,)
-        loss = 0
-        for some, logits in model.base.logits_in_parts(hidden[response]):           # (n, V)
-            loss = loss + lm_loss(logits, targets[some], token_weight[some])
-        # backward now, so that the next part finds the memory free
-        loss.backward()
-        lm += loss.detach()
+    losses = {}
+    if stage > 1:
+        # queries are short and the encoder small: all of them at once, for Eq. 5 compares pairs
+        queries = [example.query for example in batch.examples]
+        p = torch.tensor([example.p for example in batch.examples], device=model.device)
+        h = model.embed(queries, checkpointing=args.checkpointing)              # (B, d)
+        similarity = cosine(h, model.router.e)                                  # Eq. 4, (B, E)
+        contrastive = contrastive_loss(similarity, p, args.margin)              # Eq. 3
+        trait = trait_loss(h, p)                                                # Eq. 5
+        router = router_loss(contrastive, trait, args.loss_alpha, args.beta)    # Eq. 6
+        weight = 1 if stage == 2 else args.gamma                                # of Eq. 2
+        # every process computes all of it, and their gradients are summed below
+        (weight * router / process_count()).backward()
+        losses = {"contrastive": contrastive, "trait": trait, "router": router}
 
-    gradients = [gradient_of(t) for _, t in trainable(model, stage=1)]
-    sum_over_processes([lm, w_leaf.grad, *gradients])
-    # w - w.detach() is 0 with gradient 1: nothing is added to the value, and g arrives at w
-    return lm + ((w - w.detach()) * w_leaf.grad).sum()
+    if stage != 2:
+        lm = torch.zeros((), device=model.device)
+        # the base is large: only a few rows at a time go through it
+        mine, counts = my_share(len(batch.examples))
+        for start in range(0, len(mine), args.micro_batch):
+            part = mine[start:start + args.micro_batch]
+            examples = [batch.examples[i] for i in part]
+            if stage == 1:
+                w = torch.tensor([batch.fixed_w[i] for i in part], device=model.device)
+            else:
+                # the weights are not detached: L_lm teaches the router too
+                w = model.router(*pad([example.query for example in examples], model.device))
+            token_weight = [batch.token_weight[i] * c for i, c in zip(part, counts[start:])]
+            loss = response_loss(model, examples, w, token_weight, args)        # Eq. 8, w by Eq. 1
+            loss.backward()
+            lm += loss.detach()
+        sum_over_processes([lm])
+        losses["lm"] = lm / batch.experts
+    if stage == 3:
+        losses["joint"] = joint_loss(lm, router, args.gamma)                    # Eq. 2
+
+    trained = [t for _, t in trainable(model, stage) if t.grad is not None]
+    sum_over_processes([t.grad for t in trained])
+    if stage == 1:
+        norm = clip_experts(model.base, model.experts, args.clip)               # (E,)
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+    losses = {name: value.item() for name, value in losses.items()}
+    if np.isfinite([*losses.values(), *norm.flatten().tolist()]).all():
+        optimizer.step()
+    # None rather than zeros: the next backward writes where it would have added
+    optimizer.zero_grad(set_to_none=True)
+    return losses, norm.max().item()
+
+
+def response_loss(model, examples, w, token_weight, args):
+    """Eq. 8 over some rows of a batch, whose experts are mixed by w (b, E).
+
+    token_weight: what each response token of an example counts. Made so that the losses of a
+    batch's parts add up to the loss of the whole.
+    """
+    tokens, targets = response_batch(examples, model.device)                    # (b, T)
+    hidden = model.base(tokens, w, checkpointing=args.checkpointing)            # (b, T, d)
+    response = targets >= 0
+    # only positions that predict a response token pay for logits
+    targets = targets[response]                                                 # (N,)
+    lengths = [len(example.answer) for example in examples]
+    weights = torch.tensor(np.repeat(token_weight, lengths), dtype=torch.float32)
+    weights = weights.to(model.device)                                          # (N,)
+    loss = 0
+    for some, logits in model.base.logits_in_parts(hidden[response]):           # (n, V)
+        loss = loss + lm_loss(logits, targets[some], weights[some])
+    return loss
 
 
 # ----------------------------------------------------------------------------------------- a stage
 
-def run_stage(model, stage, first_step, examples, settings, received):
-    """The steps of one stage, from first_step on; `received` are the signals that may end it."""
-    steps = (settings.steps1, settings.steps2, settings.steps3)[stage - 1]
-    path = state_file(settings, stage)
-    is_main = process_rank() == 0                   # one process prints and writes
-
+def run_stage(model, stage, first_step, examples, args, run):
+    """The steps of one stage, from first_step on."""
+    steps = (args.steps1, args.steps2, args.steps3)[stage - 1]
     # frozen means frozen: this is all that the stage trains
     model.requires_grad_(False)
     for _, t in trainable(model, stage):
         t.requires_grad_(True)
-    optimizer = make_optimizer(model, stage, settings)
-    if stage == 2 and first_step == 0:
-        # the expert embeddings start at the class means of h; 4,096 queries tell them
+    optimizer = make_optimizer(model, stage, args)
+    if first_step > 0:
+        restore(model, stage, run, optimizer)
+    elif stage == 2:
+        # the router starts at what 4,096 queries tell
         known = examples[:4096]
         with torch.no_grad():
-            h = model.embed([example.query for example in known])                   # (n, d)
-        model.router.init_embeddings(h, torch.tensor([example.p for example in known]))
-    if path.exists():
-        load_state(path, model, optimizer)
-    elif is_main:
-        save_state(path, model, optimizer, stage, 0, False, settings)
+            h = model.embed([example.query for example in known])               # (n, d)
+        model.router.start_at(h, torch.tensor([example.p for example in known]))
 
     # P_i and the groups that share p are looked up once, not at every step
-    subsets = expert_subsets(examples) if len(settings.names) > 1 else [range(len(examples))]
+    subsets = expert_subsets(examples) if model.experts > 1 else [range(len(examples))]
     groups = trait_groups(examples)
     title = f"stage {stage}, {('experts', 'router', 'joint')[stage - 1]}"
-    progress = tqdm(range(first_step, steps), title, steps, initial=first_step, disable=not is_main)
+    progress = tqdm(range(first_step, steps), title, steps, initial=first_step,
+                    disable=process_rank() > 0)
     for step in progress:
-        began = time.time()
-        # which records, and what each is taught to: a function of the step alone
-        batch = make_batch(stage, step, examples, subsets, groups, settings)
-        # the paper is in stage_loss; backward fills .grad of all that this stage trains
-        loss, losses = stage_loss(model, stage, batch, settings)
-        loss.backward()
-        if stage > 1 and model.router:
-            average_gradients(model.router.parameters())
-        norm = clip_gradients(model, stage, settings)
-        # a signal to one process stops all of them at this step
-        stop = interrupted(received)
-        losses = {name: value.item() for name, value in losses.items()}
-        check_finite(losses, norm, stage, step, path)
-
-        # AdamW moves the weights, at the rate that the schedule has for this step
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, steps)
-        optimizer.step()
-        # None rather than zeros: the next backward writes where it would have added
-        optimizer.zero_grad(set_to_none=True)
+        # a batch is a function of seed, stage and step: a resumed run sees the same
+        if stage == 1:
+            batch = expert_batch(examples, subsets, args.batch1, step, args.seed)
+        elif stage == 2:
+            batch = router_batch(examples, groups, args.batch2, args.group, step, args.seed)
+        else:
+            batch = joint_batch(examples, args.batch3, step, args.seed)
+        losses, norm = train_step(model, optimizer, stage, batch, args)
+        if not np.isfinite([*losses.values(), norm]).all():
+            raise UserError(f"stage {stage}, step {step}: the loss or its gradient is not finite "
+                            f"({losses}); stopped before it reached the weights: look for NaN in "
+                            "the base's weights, in fp16 try bf16, or lower the learning rate")
 
-        if is_main:
-            tokens_per_s = batch_tokens(batch, stage) / (time.time() - began)
-            report(progress, stage, step, losses, norm, optimizer, tokens_per_s, settings)
-            if step + 1 < steps and (stop or (step + 1) % settings.save_every == 0):
-                save_state(path, model, optimizer, stage, step + 1, False, settings)
+        # the loss that the stage minimises is the last one
+        progress.set_postfix_str(f"loss {list(losses.values())[-1]:.3f}", refresh=False)
+        run.log({"stage": stage, "step": step + 1, **losses, "grad_norm": norm,
+                 "lr": optimizer.param_groups[0]["lr"]})
+        # a signal to one process stops all of them at this step
+        stop = any_process(run.stop_requested)
+        if step + 1 < steps and (stop or run.save_due(step + 1)):
+            run.save_state(stage, step + 1, state(model, stage, optimizer), done=False)
         if stop and step + 1 < steps:
             progress.close()
             raise UserError(f"interrupted; saved after step {step + 1} of stage {stage}: "
                             "the same command with --resume goes on")
     # done: the next stage, or a run of it alone, starts from here
-    if is_main:
-        save_state(path, model, optimizer, stage, steps, True, settings)
+    run.save_state(stage, steps, state(model, stage), done=True)
 
 
-def make_batch(stage, step, examples, subsets, groups, settings):
-    """A stage's batch, a function of seed, stage and step alone: a resumed run sees the same."""
-    seed = settings.seed
-    if stage == 1:
-        # a baseline's one LoRA sees as many records as the ten experts together
-        batch_size = settings.batch1 * len(TRAITS) // len(subsets)
-        return expert_batch(examples, subsets, batch_size, step, seed)
-    if stage == 2:
-        return router_batch(examples, groups, settings.batch2, settings.group, step, seed)
-    batch = joint_batch(examples, settings.batch3, step, seed)
-    if len(settings.names) == 1:
-        batch.fixed_w = [[1.0]] * len(batch.examples)
-    return batch
+def trainable(model, stage):
+    """(name, parameter) of what a stage trains, in a fixed order."""
+    chosen = []
+    for name, t in model.named_parameters():
+        expert = name.endswith((".A", ".B"))
+        router = name.startswith("router.")
+        if (expert and stage != 2) or (router and stage != 1):
+            chosen.append((name, t))
+    return chosen
 
 
-def make_optimizer(model, stage, settings):
-    """AdamW without weight decay; in stage 2 the expert embeddings have a rate of their own."""
-    peak = (settings.lr1, settings.lr2, settings.lr3)[stage - 1]
+def make_optimizer(model, stage, args):
+    """AdamW without weight decay; in stage 2 all but the encoder has a rate of its own."""
     groups = []
     for name, t in trainable(model, stage):
-        own = stage == 2 and name == "router.e"
-        groups.append({"params": [t], "peak": settings.lr_e if own else peak})
+        peak = (args.lr1, args.lr2, args.lr3)[stage - 1]
+        if stage == 2 and not name.startswith("router.encoder."):
+            peak = args.lr_e
+        groups.append({"params": [t], "peak": peak})
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
@@ -196,48 +223,33 @@ def learning_rate(step, steps):
     return min(warm_up, decay, 1)
 
 
-def clip_gradients(model, stage, settings):
-    """Gradients to norm `clip` at most, in stage 1 each expert's on its own -> the norm(s)."""
-    if stage == 1:
-        return clip_experts(model.base, len(settings.names), settings.clip)         # (E,)
-    parameters = [t for _, t in trainable(model, stage)]
-    return torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+def state(model, stage, optimizer=None):
+    """What a stage trains, and AdamW's two moments where they are needed to go on -> by name."""
+    tensors = {}
+    for name, t in trainable(model, stage):
+        tensors[name] = t.detach()
+        if optimizer and t in optimizer.state:
+            tensors["exp_avg " + name] = optimizer.state[t]["exp_avg"]
+            tensors["exp_avg_sq " + name] = optimizer.state[t]["exp_avg_sq"]
+    return tensors
 
 
-def check_finite(losses, norm, stage, step, path):
-    values = list(losses.values()) + norm.flatten().tolist()
-    if np.isfinite(values).all():
-        return
-    raise UserError(f"stage {stage}, step {step}: the loss or its gradient is not finite "
-                    f"({losses}); stopped before it reached the weights. The last good state is in "
-                    f"{path}: look for NaN in the base's weights, or lower the learning rate")
-
-
-def batch_tokens(batch, stage):
-    if stage == 2:
-        return sum(len(example.query) for example in batch.examples)
-    return sum(example.length for example in batch.examples)
-
-
-def report(progress, stage, step, losses, norm, optimizer, tokens_per_s, settings):
-    """A line of metrics.jsonl and the progress bar."""
-    if stage == 1:
-        losses["lm"] /= len(settings.names)         # of one expert, as the other stages see it
-    loss = list(losses.values())[-1]                # the one that the stage minimises
-    progress.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-    log(settings, {
-        "stage": stage,
-        "step": step + 1,
-        **losses,
-        "grad_norm": norm.max().item(),
-        "lr": optimizer.param_groups[0]["lr"],
-        "tokens_per_s": round(tokens_per_s),
-    })
+def restore(model, stage, run, optimizer=None):
+    """Read what `state` made, from the run's folder, into the model and the optimizer."""
+    tensors, header = run.load_state(stage)
+    for name, t in trainable(model, stage):
+        t.data.copy_(tensors[name])
+        if optimizer and "exp_avg " + name in tensors:
+            optimizer.state[t] = {
+                "step": torch.tensor(float(header["step"]), device=t.device),
+                "exp_avg": tensors["exp_avg " + name].to(t.device),
+                "exp_avg_sq": tensors["exp_avg_sq " + name].to(t.device),
+            }
 
 
 # ------------------------------------------------------------------------------ held-out evaluation
 
-def held_out_loss(model, examples, w, received, what):
+def held_out_loss(model, examples, w, run, what):
     """The response loss per token with mixing weights w (n, E), or None for the bare base.
 
     Each process scores its share of the examples, like lengths together.
@@ -248,7 +260,7 @@ def held_out_loss(model, examples, w, received, what):
     progress = tqdm(range(0, len(mine), 16), f"held out, {what}", leave=False,
                     disable=process_rank() > 0)
     for start in progress:
-        if interrupted(received):
+        if any_process(run.stop_requested):
             progress.close()
             raise UserError("interrupted in the evaluation; the stage is saved: "
                             "the same command with --resume goes on")
@@ -261,124 +273,242 @@ def held_out_loss(model, examples, w, received, what):
     return round((total[0] / total[1]).item(), 4)
 
 
-def evaluate(model, examples, training, settings, known, with_router, received):
+def evaluate(model, held_out, training, args, known, with_router, run):
     """The held-out examples after a stage -> a dict of figures.
 
-    The response loss per token with and without experts, and how well the router's weights rank
-    the right experts, beside rankings that know nothing of the query. `known` are losses that an
-    earlier stage measured and the last one has not changed.
+    The response loss per token of the first --held-out of them, with and without experts, and how
+    well the router's weights rank the right experts, beside rankings that know nothing of the
+    query. `known` are losses that an earlier stage measured and the last one has not changed.
     """
-    def loss(w, what):
-        return held_out_loss(model, examples, w, received, what)
+    examples = held_out[:args.held_out]
 
-    p = np.array([example.p for example in examples])                               # (n, E)
-    metrics = {"loss_base": known.get("loss_base") or loss(None, "bare base")}
-    if len(settings.names) == 1:
+    def loss(name, w, what):
+        if name not in known:
+            known[name] = held_out_loss(model, examples, w, run, what)
+        return known[name]
+
+    metrics = {"loss_base": loss("loss_base", None, "bare base")}
+    if model.experts == 1:
         w = torch.ones(len(examples), 1, device=model.device)
-        return metrics | {"loss_lora": loss(w, "one LoRA")}
+        return metrics | {"loss_lora": loss("loss_lora", w, "one LoRA")}
+    p = np.array([example.p for example in held_out])                           # (n, E)
     oracle = torch.tensor(p / p.sum(axis=1, keepdims=True), dtype=torch.float32)
-    metrics["loss_oracle"] = (known.get("loss_oracle")
-                              or loss(oracle.to(model.device), "experts mixed by p"))
+    metrics["loss_oracle"] = loss("loss_oracle", oracle.to(model.device), "experts mixed by p")
     if not with_router:
         return metrics
 
-    w = model.route([example.query for example in examples])                        # (n, E)
-    metrics["loss_router"] = loss(w, "router")
+    w = model.route([example.query for example in held_out])                    # (n, E)
+    metrics["loss_router"] = loss("loss_router", w, "router")
     w = w.cpu().numpy()
     metrics["map"] = round(average_precision(w, p).mean(), 4)
     metrics["auc"] = {}
     for trait, auc in zip(TRAITS, pole_auc(w, p)):
         if not np.isnan(auc):                   # a pole that all or none of the records call for
             metrics["auc"][trait] = round(auc, 4)
-    rng = np.random.default_rng(0)
-    chance = []
-    for _ in range(200):
-        guess = rng.random(p.shape)
-        chance.append(average_precision(guess, p).mean())
+    guesses = np.random.default_rng(0).random((200, *p.shape))
+    chance = [average_precision(guess, p).mean() for guess in guesses]
     metrics["map_chance"] = round(np.mean(chance), 4)
-    commonest = np.mean([example.p for example in training], axis=0)                # (E,)
-    prior = np.tile(commonest, (len(p), 1))                                         # (n, E)
+    commonest = np.mean([example.p for example in training], axis=0)            # (E,)
+    prior = np.tile(commonest, (len(p), 1))                                     # (n, E)
     metrics["map_prior"] = round(average_precision(prior, p).mean(), 4)
     return metrics
 
 
-def print_evaluation(metrics, n):
+def print_evaluation(metrics, records, losses):
     parts = [f"{metrics['loss_base']:.3f} bare base"]
     for key, what in (("loss_lora", "with the LoRA"), ("loss_oracle", "experts mixed by p"),
                       ("loss_router", "by the router")):
         if key in metrics:
             parts.append(f"{metrics[key]:.3f} {what}")
-    print(f"  held out, {n} records: response loss per token {', '.join(parts)}")
+    print(f"  held out, {losses} records: response loss per token {', '.join(parts)}")
     if "map" not in metrics:
         return
-    print(f"  router: mean average precision {metrics['map']:.3f} (chance "
+    print(f"  router, {records} records: mean average precision {metrics['map']:.3f} (chance "
           f"{metrics['map_chance']:.3f}, always the commonest traits {metrics['map_prior']:.3f})")
     auc = [f"{metrics['auc'][name]:.2f}" if name in metrics["auc"] else "-" for name in TRAITS]
     parts = [f"{TRAITS[i].split()[1]} {auc[i]}/{auc[i + 1]}" for i in range(0, 10, 2)]
     print("  AUC, high/low:", ", ".join(parts))
 
 
-# --------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------- settings
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, epilog=model_table(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    positive = number(float, 0, above=True)
+    count = number(int, 1)
+
+    add = parser.add_argument_group("the run").add_argument
+    add("--stage", default="all", choices=["1", "2", "3", "all"])
+    add("--base", default="tiny", help="a name of the table below, owner/model on the hub, a "
+                                       "folder, or a GGUF file")
+    add("--encoder", help="the router's language model (default: as the table says)")
+    add("--data", default=str(HERE / "persona_cot.jsonl"), help="Persona-CoT records "
+                                                                "(default: ours)")
+    add("--out", help="the run's folder (default: out/<base>)")
+    add("--variant", default="personafuse", choices=VARIANTS,
+        help="or a baseline: one LoRA as large as the ten")
+    add("--preset", choices=PRESETS, help="defaults for the options without one (default: tiny for "
+                                          "--base tiny, else quick)")
+    add("--resume", action="store_true", help="go on from the last saved step")
+    add("--seed", type=int, default=0)
+
+    add = parser.add_argument_group("the stages").add_argument
+    for stage, of in ((1, "records for each expert"), (2, "queries"), (3, "records")):
+        add(f"--steps{stage}", type=number(int, 0))
+        add(f"--batch{stage}", type=count, help=f"{of} in a step")
+        add(f"--lr{stage}", type=positive, help="peak learning rate")
+    add("--group", type=count, help="queries of a batch of stage 2 that share one p, at most")
+    add("--lr-e", type=positive, help="in stage 2, of expert embeddings and map")
+    add("--clip", type=positive, default=1.0, help="largest gradient norm, in stage 1 of each "
+                                                   "expert")
+
+    add = parser.add_argument_group("the method").add_argument
+    add("--rank", type=count, default=8, help="r of each expert")
+    add("--lora-alpha", type=positive, default=16, help="ΔW is scaled by alpha/rank")
+    add("--query-format", choices=["raw", "chat"], help="what the encoder reads: the bare query, "
+                                                        "or the prompt up to the answer")
+    add("--encoder-layers", type=number(int, 0), help="its first blocks; 0: all")
+    add("--pooling", choices=["last", "mean", "both", "words"], help="see router.py")
+    add("--start", choices=["means", "whitened"], help="of the router, see router.py")
+    add("--tau", type=positive, help="τ of Eq. 1")
+    add("--margin", type=number(float, -1, high=1), help="m of Eq. 3")
+    add("--loss-alpha", type=number(float, 0), default=1.0, help="α of Eq. 6")
+    add("--beta", type=number(float, 0), help="β of Eq. 6")
+    add("--gamma", type=number(float, 0), default=0.2, help="γ of Eq. 2")
+
+    add = parser.add_argument_group("the machine").add_argument
+    add("--max-length", type=count, help="tokens of prompt and response; longer ones are cut")
+    add("--micro-batch", type=count, help="rows that go through the base at a time")
+    add("--checkpointing", action="store_true", help="recompute activations in backward")
+    add("--shard", action="store_true", help="share the base among the processes of torchrun")
+    add("--held-out", type=number(int, 1), help="held-out records whose loss is measured")
+    add("--device", default="auto", help="cuda, mps or cpu")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of the base")
+    add("--save-minutes", type=positive, help="between saved states")
+    add("--save-every", type=count, help="steps between saved states, besides")
+
+    args = parser.parse_args()
+    preset = args.preset or ("tiny" if args.base == "tiny" else "quick")
+    # once more, now that the preset's defaults are known
+    parser.set_defaults(**PRESETS[preset])
+    args = parser.parse_args()
+    if args.variant != "personafuse":
+        if args.stage == "2":
+            parser.error("a baseline is one LoRA without a router: it has no stage 2")
+        # of the size of the ten experts together; alpha/rank, the scale of ΔW, stays
+        args.rank *= len(TRAITS)
+        args.lora_alpha *= len(TRAITS)
+    return args
+
+
+def run_settings(args):
+    """Every setting of a run, and what its base, its encoder and its data are -> a dict.
+
+    All of them are looked at here, before anything is written.
+    """
+    settings = vars(args) | {"base": absolute(args.base), "names": TRAITS, "encoder": None,
+                             "encoder_folder": None, "encoder_sha256": None}
+    if not Path(args.data).is_file():
+        raise UserError(f"{args.data} is no regular file: records are read more than once")
+    settings["data"] = str(Path(args.data).resolve())
+    settings["data_sha256"] = file_sha256(args.data)
+    name = Path(settings["base"]).stem.lower()
+    if args.variant == "personafuse":
+        settings["encoder"] = absolute(args.encoder or default_encoder(settings["base"]))
+    else:
+        settings["names"] = ["lora"]
+        name += "-" + args.variant
+    settings["out"] = args.out or f"out/{name}"
+    for what in ("base", "encoder"):
+        if settings[what]:
+            folder = find_model(settings[what], f"--{what}")
+            settings[f"{what}_folder"] = str(folder)
+            settings[f"{what}_sha256"] = model_sha256(folder)
+    return settings
+
+
+# -------------------------------------------------------------------------------------------- main
+
+def read_examples(model, settings):
+    """(training, held-out) Examples of the run's data, for this model."""
+    answer = VARIANTS[settings["variant"]]
+    training, held_out = split(load_records(settings["data"], (answer,)))
+    # the first of a fixed order: more records do not move those that are evaluated
+    held_out = sorted(held_out, key=by_hash)[:512]
+    sides = []
+    for records in (training, held_out):
+        sides.append(make_examples(records, model, settings["max_length"], answer))
+    if not sides[0]:
+        raise UserError(f"{settings['data']} has no record to train on")
+    return sides
+
+
+def train(args, device):
+    """The run that the arguments describe, from the data to the finished folder."""
+    settings = from_first(lambda: run_settings(args))
+    stages = [1, 2, 3] if args.stage == "all" else [int(args.stage)]
+    if args.variant != "personafuse":
+        stages = [stage for stage in stages if stage != 2]
+    is_main = process_rank() == 0
+    run = Run(settings["out"], settings, is_main)
+    # everything that can be wrong is looked at before anything is moved or written
+    start = from_first(lambda: run.plan(stages, args.resume))
+    if start is None:
+        if is_main:
+            print(f"{settings['out']} is complete: there is nothing left to resume")
+        return
+    model = build(settings, device, args.dtype)
+    training, held_out = read_examples(model, settings)
+    if is_main:
+        print(model.tokenizer.format_note)
+    if args.shard:
+        shard(model.base, device)
+    from_first(run.begin)
+    try:
+        first_stage, first_step = start
+        for stage in range(1, first_stage):
+            if run.has_state(stage):
+                restore(model, stage, run)
+        known = {}
+        for stage in stages:
+            if stage < first_stage:
+                continue
+            run_stage(model, stage, first_step, training, args, run)
+            first_step = 0
+            finish_stage(model, stage, training, held_out, args, settings, known, run)
+    finally:
+        run.close()
+    if is_main:
+        print(f"done: {settings['out']}; now: python sample.py --run {settings['out']} "
+              '"I feel anxious"')
+
+
+def finish_stage(model, stage, training, held_out, args, settings, known, run):
+    """Write what others read, and evaluate on the held-out records."""
+    is_main = process_rank() == 0
+    with_router = stage > 1 and model.router is not None
+    if is_main:
+        save_run(model, settings, with_router)
+    metrics = {}
+    if held_out:
+        metrics = evaluate(model, held_out, training, args, known, with_router, run)
+        if is_main:
+            print_evaluation(metrics, len(held_out), min(len(held_out), args.held_out))
+    run.log({"stage": stage, "step": (args.steps1, args.steps2, args.steps3)[stage - 1],
+             "held_out": metrics})
+    # the base never changes, and stage 2 leaves the experts as they are
+    for name in list(known):
+        if name != "loss_base" and not (stage == 1 and name == "loss_oracle"):
+            del known[name]
+
 
 def main():
-    settings = parse_arguments(__doc__)
+    args = parse_arguments()
     keep_freed_memory()
-    device = pick_device(settings.device, settings.base)
+    device = pick_device(args.device, args.base)
     with joined_processes(device) as device:
-        run_stages(settings, device)
-
-
-def run_stages(settings, device):
-    """The run that the settings describe, from the data to the finished folder."""
-    is_main = process_rank() == 0
-    received = watch_signals()
-
-    stages = [1, 2, 3] if settings.stage == "all" else [int(settings.stage)]
-    if len(settings.names) == 1:
-        stages = [stage for stage in stages if stage != 2]      # a baseline has no router
-    start = [None]
-    if is_main:
-        # the data first: a bad record should not wait for 16 GB of weights
-        records = load_records(settings.data, (VARIANTS[settings.variant],))
-        start = [open_run(settings, stages)]
-        write_examples(settings, records)
-        del records
-    if process_count() > 1:
-        dist.broadcast_object_list(start)
-    first_stage, first_step = start[0]
-    training, held_out = read_examples(settings)
-    if not training:
-        raise UserError(f"{settings.data} has no record to train on")
-    model = build(asdict(settings), device, settings.dtype)
-    if settings.shard:
-        shard(model.base, device)
-
-    # what earlier stages wrote
-    for stage in range(1, first_stage):
-        if state_file(settings, stage).exists():
-            load_state(state_file(settings, stage), model)
-    known = {}
-    for stage in stages:
-        if stage < first_stage:
-            continue
-        run_stage(model, stage, first_step, training, settings, received)
-        first_step = 0
-        with_router = stage > 1 and model.router is not None
-        if is_main:
-            save_run(model, settings, with_router)
-        if not held_out:
-            continue
-        metrics = evaluate(model, held_out, training, settings, known, with_router, received)
-        # the base never changes, and stage 2 leaves the experts as they are
-        unchanged = ("loss_base", "loss_oracle") if stage == 1 else ("loss_base",)
-        known = {name: metrics[name] for name in unchanged if name in metrics}
-        if is_main:
-            print_evaluation(metrics, len(held_out))
-            steps = (settings.steps1, settings.steps2, settings.steps3)[stage - 1]
-            log(settings, {"stage": stage, "step": steps, "held_out": metrics})
-    if is_main:
-        print(f"done: {settings.out}; now: python sample.py --run {settings.out} "
-              '"I feel anxious"')
+        train(args, device)
 
 
 if __name__ == "__main__":

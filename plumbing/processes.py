@@ -5,18 +5,14 @@ With one process every function here says so or does nothing.
 
 import math
 import os
-import signal
-import sys
-import time
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
-from plumbing import UserError
+from plumbing.files import UserError
 
 # How long the others wait for one process. One that dies closes its connections, and they notice at
 # once; this is for one that hangs. It is longer than what process 0 does alone: fetching a base
@@ -40,48 +36,6 @@ def sum_over_processes(tensors):
     if process_count() > 1:
         for t in tensors:
             dist.all_reduce(t)
-
-
-def gradient_of(t):
-    """A parameter's gradient; zeros where this process had no row that reached it."""
-    if t.grad is None:
-        t.grad = torch.zeros_like(t)
-    return t.grad
-
-
-def average_gradients(parameters):
-    """The mean over all processes, in place, where each has the whole gradient already: it keeps
-    them in step to the bit.
-    """
-    if process_count() == 1:
-        return
-    gradients = [gradient_of(t) for t in parameters]
-    sum_over_processes(gradients)
-    for gradient in gradients:
-        gradient /= process_count()
-
-
-def watch_signals():
-    """A list that gets each SIGINT and SIGTERM: the run ends after the step that is under way.
-
-    A second one ends it at once.
-    """
-    received = []
-
-    def on_signal(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    return received
-
-
-def interrupted(received):
-    """Whether a signal came to this process or to any other."""
-    count = torch.tensor(float(len(received)))
-    sum_over_processes([count])
-    return count.item() > 0
 
 
 def my_share(n):
@@ -122,7 +76,7 @@ def shard(llama, device):
 def joined_processes(device):
     """`with joined_processes(device) as device`: the group of all processes, and this one's device.
 
-    An error in one of them ends them all, and one of them says it.
+    When one of them ends with an error, torchrun ends the others and names it.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:               # torchrun sets it
         yield device
@@ -133,30 +87,40 @@ def joined_processes(device):
         torch.cuda.set_device(device)
         # what is on the CPU, as whether a signal came, goes by gloo, which notices a loss at once
         backend = "cpu:gloo,cuda:nccl"
-    store, rank, count = next(rendezvous("env://"))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIME_LIMIT)
+    dist.init_process_group(backend, timeout=TIME_LIMIT)
     try:
         yield device
-    except Exception as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if lost:
-            # close the connections, so that those who wait for this process notice too
-            dist.destroy_process_group()
-        store.set(f"alive {rank}", "")
-        if store.add("errors", 1) > 1:
-            sys.exit(2)                         # another process says what happened
-        if lost:
-            raise UserError(f"process {silent_processes(store, count)} was lost and ended the run: "
-                            "the same command with --resume goes on from the last saved step")
-        raise
-    dist.destroy_process_group()
+    except (dist.DistError, RuntimeError) as error:
+        # gloo has no error type of its own
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise UserError(f"process {process_rank()} lost another one, which ended or hangs: the same "
+                        "command with --resume goes on from the last saved step")
+    finally:
+        dist.destroy_process_group()
 
 
-def silent_processes(store, count):
-    """Which processes do not say within ten seconds that they are there, as text."""
-    end = time.monotonic() + 10
-    while True:
-        silent = [str(rank) for rank in range(count) if not store.check([f"alive {rank}"])]
-        if len(silent) <= 1 or time.monotonic() > end:
-            return ", ".join(silent) or "(it answers again)"
-        time.sleep(0.1)
+def from_first(make):
+    """What make() returns in process 0, given to all: only one process reads and writes files."""
+    result = [make() if process_rank() == 0 else None]
+    if process_count() > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def settle_math():
+    """The same bits in every run: call this before several threads compute.
+
+    MKL, which computes cos and sin for PyTorch on Intel's CPUs, chooses a kernel at the first call
+    of each. When two threads make that call at once, one of them may get a coarse kernel, off by
+    1e-4 (github.com/pytorch/pytorch/issues/188792). Here one thread makes it.
+    """
+    torch.zeros(1).cos()
+    torch.zeros(1).sin()
+
+
+def any_process(flag):
+    """Whether `flag` is true in any of the processes."""
+    count = torch.tensor(float(flag))
+    sum_over_processes([count])
+    return count.item() > 0
