@@ -30,7 +30,7 @@ from plumbing.models import absolute, default_encoder, find_model, model_sha256,
 from plumbing.processes import (any_process, from_first, joined_processes, my_share, process_count,
                                 process_rank, shard, sum_over_processes)
 from plumbing.runs import Run
-from router import average_precision, pole_auc
+from router import average_precision
 
 # A preset holds the defaults that belong to a base. "tiny" is tuned on the embedded one, "quick" on
 # smollm2, "paper" is section 4.3 and appendix A. The last three are sample.py's.
@@ -141,7 +141,7 @@ def response_loss(model, examples, w, token_weight, args):
 
 def run_stage(model, stage, first_step, examples, args, run):
     """The steps of one stage, from first_step on."""
-    steps = (args.steps1, args.steps2, args.steps3)[stage - 1]
+    steps = stage_steps(args, stage)
     # frozen means frozen: this is all that the stage trains
     model.requires_grad_(False)
     for _, t in trainable(model, stage):
@@ -159,6 +159,9 @@ def run_stage(model, stage, first_step, examples, args, run):
     # P_i and the groups that share p are looked up once, not at every step
     subsets = expert_subsets(examples) if model.experts > 1 else [range(len(examples))]
     groups = trait_groups(examples)
+    without = [name for name, subset in zip(TRAITS, subsets) if not subset]
+    if stage == 1 and without and process_rank() == 0:
+        print(f"no record calls for {', '.join(without)}: these experts stay as they are")
     title = f"stage {stage}, {('experts', 'router', 'joint')[stage - 1]}"
     progress = tqdm(range(first_step, steps), title, steps, initial=first_step,
                     disable=process_rank() > 0)
@@ -192,6 +195,10 @@ def run_stage(model, stage, first_step, examples, args, run):
                             "the same command with --resume goes on")
     # done: the next stage, or a run of it alone, starts from here
     run.save_state(stage, steps, state(model, stage), done=True)
+
+
+def stage_steps(args, stage):
+    return (args.steps1, args.steps2, args.steps3)[stage - 1]
 
 
 def trainable(model, stage):
@@ -249,26 +256,24 @@ def restore(model, stage, run, optimizer=None):
 
 # ------------------------------------------------------------------------------ held-out evaluation
 
-def held_out_loss(model, examples, w, run, what):
+@torch.no_grad()
+def held_out_loss(model, examples, w, args, run):
     """The response loss per token with mixing weights w (n, E), or None for the bare base.
 
     Each process scores its share of the examples, like lengths together.
     """
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
-    mine, counts = my_share(len(examples))
+    mine, counts = my_share(len(order))
     total = torch.zeros(2, device=model.device)
-    progress = tqdm(range(0, len(mine), 16), f"held out, {what}", leave=False,
-                    disable=process_rank() > 0)
-    for start in progress:
+    for start in tqdm(range(0, len(mine), 16), "held out", leave=False, disable=process_rank() > 0):
         if any_process(run.stop_requested):
-            progress.close()
             raise UserError("interrupted in the evaluation; the stage is saved: "
                             "the same command with --resume goes on")
         part = [order[k] for k in mine[start:start + 16]]
-        count = torch.tensor(counts[start:start + 16], device=model.device)
-        nll, tokens, _ = model.response_nll([examples[i] for i in part],
-                                            None if w is None else w[part])
-        total += torch.stack([(nll * count).sum(), (tokens * count).sum()])
+        count = counts[start:start + 16]
+        chosen = [examples[i] for i in part]
+        total[0] += response_loss(model, chosen, None if w is None else w[part], count, args)
+        total[1] += sum(c * len(example.answer) for c, example in zip(count, chosen))
     sum_over_processes([total])
     return round((total[0] / total[1]).item(), 4)
 
@@ -277,64 +282,46 @@ def evaluate(model, held_out, training, args, known, with_router, run):
     """The held-out examples after a stage -> a dict of figures.
 
     The response loss per token of the first --held-out of them, with and without experts, and how
-    well the router's weights rank the right experts, beside rankings that know nothing of the
+    well the router's weights rank the right experts, beside a ranking that knows nothing of the
     query. `known` are losses that an earlier stage measured and the last one has not changed.
     """
-    examples = held_out[:args.held_out]
-
-    def loss(name, w, what):
-        if name not in known:
-            known[name] = held_out_loss(model, examples, w, run, what)
-        return known[name]
-
-    metrics = {"loss_base": loss("loss_base", None, "bare base")}
-    if model.experts == 1:
-        w = torch.ones(len(examples), 1, device=model.device)
-        return metrics | {"loss_lora": loss("loss_lora", w, "one LoRA")}
     p = np.array([example.p for example in held_out])                           # (n, E)
-    oracle = torch.tensor(p / p.sum(axis=1, keepdims=True), dtype=torch.float32)
-    metrics["loss_oracle"] = loss("loss_oracle", oracle.to(model.device), "experts mixed by p")
-    if not with_router:
-        return metrics
-
-    w = model.route([example.query for example in held_out])                    # (n, E)
-    metrics["loss_router"] = loss("loss_router", w, "router")
-    w = w.cpu().numpy()
-    metrics["map"] = round(average_precision(w, p).mean(), 4)
-    metrics["auc"] = {}
-    for trait, auc in zip(TRAITS, pole_auc(w, p)):
-        if not np.isnan(auc):                   # a pole that all or none of the records call for
-            metrics["auc"][trait] = round(auc, 4)
-    guesses = np.random.default_rng(0).random((200, *p.shape))
-    chance = [average_precision(guess, p).mean() for guess in guesses]
-    metrics["map_chance"] = round(np.mean(chance), 4)
-    commonest = np.mean([example.p for example in training], axis=0)            # (E,)
-    prior = np.tile(commonest, (len(p), 1))                                     # (n, E)
-    metrics["map_prior"] = round(average_precision(prior, p).mean(), 4)
+    weights = {"base": None}
+    if model.experts == 1:
+        weights["lora"] = torch.ones(len(p), 1, device=model.device)
+    else:
+        oracle = p / p.sum(axis=1, keepdims=True)
+        weights["oracle"] = torch.tensor(oracle, dtype=torch.float32, device=model.device)
+    if with_router:
+        weights["router"] = model.route([example.query for example in held_out])
+    examples = held_out[:args.held_out]
+    metrics = dict(known)
+    for name, w in weights.items():
+        if f"loss_{name}" not in known:
+            metrics[f"loss_{name}"] = held_out_loss(model, examples, w, args, run)
+    if with_router:
+        w = weights["router"].cpu().numpy()
+        commonest = np.mean([example.p for example in training], axis=0)        # (E,)
+        metrics["map"] = round(average_precision(w, p).mean(), 4)
+        prior = np.tile(commonest, (len(p), 1))                                 # (n, E)
+        metrics["map_prior"] = round(average_precision(prior, p).mean(), 4)
     return metrics
 
 
-def print_evaluation(metrics, records, losses):
-    parts = [f"{metrics['loss_base']:.3f} bare base"]
-    for key, what in (("loss_lora", "with the LoRA"), ("loss_oracle", "experts mixed by p"),
-                      ("loss_router", "by the router")):
-        if key in metrics:
-            parts.append(f"{metrics[key]:.3f} {what}")
+def print_evaluation(metrics, losses, ranked):
+    """`losses` and `ranked`: of how many records."""
+    what = {"loss_base": "bare base", "loss_lora": "with the LoRA",
+            "loss_oracle": "experts mixed by p", "loss_router": "by the router"}
+    parts = [f"{metrics[key]:.3f} {name}" for key, name in what.items() if key in metrics]
     print(f"  held out, {losses} records: response loss per token {', '.join(parts)}")
-    if "map" not in metrics:
-        return
-    print(f"  router, {records} records: mean average precision {metrics['map']:.3f} (chance "
-          f"{metrics['map_chance']:.3f}, always the commonest traits {metrics['map_prior']:.3f})")
-    auc = [f"{metrics['auc'][name]:.2f}" if name in metrics["auc"] else "-" for name in TRAITS]
-    parts = [f"{TRAITS[i].split()[1]} {auc[i]}/{auc[i + 1]}" for i in range(0, 10, 2)]
-    print("  AUC, high/low:", ", ".join(parts))
+    if "map" in metrics:
+        print(f"  router, {ranked} records: mean average precision {metrics['map']:.3f} "
+              f"(always the commonest traits {metrics['map_prior']:.3f})")
 
 
 # ---------------------------------------------------------------------------------------- settings
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, epilog=model_table(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_run_options(parser):
     positive = number(float, 0, above=True)
     count = number(int, 1)
 
@@ -363,6 +350,10 @@ def parse_arguments():
     add("--clip", type=positive, default=1.0, help="largest gradient norm, in stage 1 of each "
                                                    "expert")
 
+
+def add_method_options(parser):
+    positive = number(float, 0, above=True)
+    count = number(int, 1)
     add = parser.add_argument_group("the method").add_argument
     add("--rank", type=count, default=8, help="r of each expert")
     add("--lora-alpha", type=positive, default=16, help="ΔW is scaled by alpha/rank")
@@ -388,6 +379,21 @@ def parse_arguments():
     add("--save-minutes", type=positive, help="between saved states")
     add("--save-every", type=count, help="steps between saved states, besides")
 
+
+def preset_table():
+    """PRESETS as text, for --help."""
+    lines = [f"  {'preset':20}" + "".join(f"{name:>12}" for name in PRESETS)]
+    for key in PRESETS["tiny"]:
+        lines.append(f"  {key:20}" + "".join(f"{values[key]:>12}" for values in PRESETS.values()))
+    return "\n".join(lines)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(usage="train.py [options]", description=__doc__,
+                                     epilog=f"{preset_table()}\n\n{model_table()}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_options(parser)
+    add_method_options(parser)
     args = parser.parse_args()
     preset = args.preset or ("tiny" if args.base == "tiny" else "quick")
     # once more, now that the preset's defaults are known
@@ -476,7 +482,7 @@ def train(args, device):
                 continue
             run_stage(model, stage, first_step, training, args, run)
             first_step = 0
-            finish_stage(model, stage, training, held_out, args, settings, known, run)
+            known = finish_stage(model, stage, training, held_out, args, settings, known, run)
     finally:
         run.close()
     if is_main:
@@ -485,7 +491,9 @@ def train(args, device):
 
 
 def finish_stage(model, stage, training, held_out, args, settings, known, run):
-    """Write what others read, and evaluate on the held-out records."""
+    """Write what others read, and evaluate on the held-out records -> what stays true of it in the
+    next stage.
+    """
     is_main = process_rank() == 0
     with_router = stage > 1 and model.router is not None
     if is_main:
@@ -494,13 +502,11 @@ def finish_stage(model, stage, training, held_out, args, settings, known, run):
     if held_out:
         metrics = evaluate(model, held_out, training, args, known, with_router, run)
         if is_main:
-            print_evaluation(metrics, len(held_out), min(len(held_out), args.held_out))
-    run.log({"stage": stage, "step": (args.steps1, args.steps2, args.steps3)[stage - 1],
-             "held_out": metrics})
+            print_evaluation(metrics, min(len(held_out), args.held_out), len(held_out))
+    run.log({"stage": stage, "step": stage_steps(args, stage), "held_out": metrics})
     # the base never changes, and stage 2 leaves the experts as they are
-    for name in list(known):
-        if name != "loss_base" and not (stage == 1 and name == "loss_oracle"):
-            del known[name]
+    kept = ("loss_base", "loss_oracle") if stage == 1 else ("loss_base",)
+    return {name: metrics[name] for name in kept if name in metrics}
 
 
 def main():
