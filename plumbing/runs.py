@@ -43,8 +43,7 @@ class Run:
     def __init__(self, out, settings, is_main=True):
         # the real folder: what a link points to is moved aside, and the link stays
         self.out = Path(os.path.realpath(out))
-        if self.out.is_relative_to(Path.cwd()):
-            self.out = self.out.relative_to(Path.cwd())
+        self.metrics_file = self.out / "metrics.jsonl"
         self.settings = settings
         saved = {key: value for key, value in settings.items() if key not in NOT_SAVED}
         # as they will be read again: JSON makes lists of tuples
@@ -58,7 +57,7 @@ class Run:
     # ------------------------------------------------------------------------------------ planning
 
     def plan(self, stages, resume):
-        """-> (stage, step) to start at, or None where all is done. Changes nothing.
+        """-> the stage and the step to start at, or None where all is done. Changes nothing.
 
         stages: those asked for, in order. UserError for whatever stands in the way.
         """
@@ -77,33 +76,31 @@ class Run:
             self.moves_aside = False
             self.start = self.plan_resumed(stages)
         else:
+            self.start = stages[0], 0
             self.check_earlier(stages[0])
             self.moves_aside = self.in_the_way(stages[0])
-            self.start = stages[0], 0
         return self.start
 
     def plan_resumed(self, stages):
-        if not any(self.has_state(stage) for stage in (1, 2, 3)):
-            raise UserError(f"there is nothing to resume in {self.out}: start without --resume")
-        begun = [stage for stage in stages if self.has_state(stage)]
-        stage = begun[-1] if begun else stages[0]
-        self.check_earlier(stage)
+        """The last begun of these stages, or the next one where that is complete."""
+        begun = self.begun()
         if not begun:
+            raise UserError(f"there is nothing to resume in {self.out}: start without --resume")
+        stage = max(set(begun) & set(stages), default=stages[0])
+        self.check_earlier(stage)
+        if stage not in begun:
             raise UserError(f"stage {stage} has not begun in {self.out}: start it without --resume")
         _, header = self.load_state(stage, tensors=False)
         self.refuse_difference(header, [key for key in self.saved if key not in FREE_ON_RESUME])
-        later = [n for n in (1, 2, 3) if n > stage and self.has_state(n)]
-        here = stage, header["step"]
-        if not header["done"]:
-            if later:
-                raise UserError(f"{self.out} holds stage {later[0]}, but no finished stage {stage} "
-                                "that it could come from: start without --resume")
-            return here
+        if begun[-1] > stage:
+            # what others read is the later stage's now: nothing may be written over it
+            if header["done"]:
+                return None
+            raise UserError(f"{self.out} holds stage {begun[-1]}, but no finished stage {stage} "
+                            "that it came from: start without --resume")
         evaluated = [line["stage"] for line in self.metrics() if "held_out" in line]
-        # a stage saves its experts and evaluates them at its end; after a later stage the folder
-        # has better ones
-        if stage not in evaluated and not later:
-            return here
+        if not header["done"] or stage not in evaluated:
+            return stage, header["step"]
         following = [n for n in stages if n > stage]
         return (following[0], 0) if following else None
 
@@ -136,21 +133,20 @@ class Run:
 
     def in_the_way(self, first_stage):
         """Whether a run stands here that must move aside; UserError where something else does."""
+        begun = self.begun()
+        if first_stage > 1 and begun[-1] < first_stage:
+            return False
         names = set(os.listdir(self.out)) if self.out.exists() else set()
-        states = {self.state_file(stage).name for stage in (1, 2, 3)}
-        # one that was killed before it saved anything has but its metrics
-        is_run = names & (states | {"personafuse.json"}) or {".lock", "metrics.jsonl"} <= names
-        if not is_run:
-            content = [name for name in names if name[0] != "." and name != "lost+found"]
-            if content:
-                raise UserError(f"{self.out} holds other files than a run's ({min(content)}): "
-                                "give another --out")
+        if not begun and "personafuse.json" not in names:
+            # a run that ended before it saved anything begins again where it is
+            ours = {".lock", "metrics.jsonl"} <= names
+            for name in sorted(names - {"lost+found"}):
+                if not ours and not name.startswith("."):
+                    raise UserError(f"{self.out} holds {name}, which is not of a run: "
+                                    "give another --out")
             return False
-        if first_stage > 1 and not any(self.has_state(n) for n in range(first_stage, 4)):
-            return False
-        needed = [Path.cwd()] + [self.settings.get(key) for key in PATHS]
-        for path in filter(None, needed):
-            if Path(os.path.realpath(path)).is_relative_to(self.out.resolve()):
+        for path in [".", *(self.settings.get(key) for key in PATHS)]:
+            if path and Path(os.path.realpath(path)).is_relative_to(self.out):
                 raise UserError(f"{self.out} holds a run that would move aside, and {path} lies in "
                                 "it: give another --out")
         return True
@@ -234,31 +230,25 @@ class Run:
         """Append a dict with "stage" and "step" to metrics.jsonl."""
         if not self.is_main:
             return
-        path = self.out / "metrics.jsonl"
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(self.metrics_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; "
+            raise UserError(f"cannot write {self.metrics_file}: {error.strerror}; "
                             "--resume goes on from the last saved step")
 
     def metrics(self):
         """The lines of metrics.jsonl as dicts, but for those that a full disk or a crash broke."""
-        path = self.out / "metrics.jsonl"
-        if not path.exists():
+        if not self.metrics_file.exists():
             return []
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}")
         lines = []
-        for line in text.split("\n"):
+        for text in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                line = json.loads(line)
+                line = json.loads(text)
                 if isinstance(line["stage"] + line["step"], int):
                     lines.append(line)
             except (ValueError, KeyError, TypeError):
-                continue
+                pass
         return lines
 
     def forget_later_metrics(self, stage, step):
@@ -267,10 +257,8 @@ class Run:
         for line in self.metrics():
             if (line["stage"], line["step"], "held_out" in line) <= (stage, step, False):
                 kept.append(json.dumps(line) + "\n")
-        path = self.out / "metrics.jsonl"
-        if path.exists():
-            with atomic_write(path) as tmp:
-                tmp.write_text("".join(kept), encoding="utf-8")
+        with atomic_write(self.metrics_file) as tmp:
+            tmp.write_text("".join(kept), encoding="utf-8")
 
     # --------------------------------------------------------------------------------------- states
 
@@ -279,6 +267,10 @@ class Run:
 
     def has_state(self, stage):
         return self.state_file(stage).exists()
+
+    def begun(self):
+        """The stages that have a state."""
+        return [stage for stage in (1, 2, 3) if self.has_state(stage)]
 
     def save_state(self, stage, step, tensors, done):
         """Write a stage's tensors by name, and where it stands."""
@@ -315,8 +307,8 @@ class Run:
 
     def watch_signals(self):
         """From now on Ctrl-C and SIGTERM only ask the run to stop; a second one ends it at once."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.on_signal)
+        self.handlers = {number: signal.signal(number, self.on_signal)
+                         for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(self, number, frame):
         if self.stop_requested:
