@@ -68,7 +68,7 @@ class Run:
         if not os.path.isdir(place) or not os.access(place, os.R_OK | os.W_OK | os.X_OK):
             raise UserError(f"cannot write into {place}: it is no folder, or not yours to write; "
                             "give another --out")
-        if not self.lock and (self.out / ".lock").exists():
+        if not self.lock and os.path.exists(self.out / ".lock"):
             # better refused now than when the base is loaded
             self.take_lock()
             self.close()
@@ -136,7 +136,7 @@ class Run:
         begun = self.begun()
         if first_stage > 1 and begun[-1] < first_stage:
             return False
-        names = set(os.listdir(self.out)) if self.out.exists() else set()
+        names = set(os.listdir(self.out)) if os.path.exists(self.out) else set()
         if not begun and "personafuse.json" not in names:
             # a run that ended before it saved anything begins again where it is
             ours = {".lock", "metrics.jsonl"} <= names
@@ -266,7 +266,7 @@ class Run:
         return self.out / f"stage{stage}.safetensors"
 
     def has_state(self, stage):
-        return self.state_file(stage).exists()
+        return os.path.exists(self.state_file(stage))
 
     def begun(self):
         """The stages that have a state."""
