@@ -62,6 +62,7 @@ class Run:
         stages: those asked for, in order. UserError for whatever stands in the way.
         """
         self.asked = stages, resume
+        # the first folder on the way up that is there
         place = self.out
         while not os.path.exists(place):
             place = place.parent
@@ -98,6 +99,7 @@ class Run:
                 return None
             raise UserError(f"{self.out} holds stage {begun[-1]}, but no finished stage {stage} "
                             "that it came from: start without --resume")
+        # a stage is complete when it is evaluated: killed before, it makes up for that
         evaluated = [line["stage"] for line in self.metrics() if "held_out" in line]
         if not header["done"] or stage not in evaluated:
             return stage, header["step"]
@@ -126,7 +128,7 @@ class Run:
             if key in header["settings"] and header["settings"][key] == self.saved.get(key):
                 continue
             name = key.removesuffix("_sha256")
-            other = "" if name == key else ", whose contents are others"
+            other = "" if name == key else ", whose contents are not known to be the same"
             raise UserError(f"{self.out} was made with {name} = {header['settings'].get(name)!r}, "
                             f"this command says {self.saved.get(name)!r}{other}: "
                             "give the same, or another --out")
@@ -139,11 +141,13 @@ class Run:
         names = set(os.listdir(self.out)) if os.path.exists(self.out) else set()
         if not begun and "personafuse.json" not in names:
             # a run that ended before it saved anything begins again where it is
-            ours = {".lock", "metrics.jsonl"} <= names
-            for name in sorted(names - {"lost+found"}):
-                if not ours and not name.startswith("."):
-                    raise UserError(f"{self.out} holds {name}, which is not of a run: "
-                                    "give another --out")
+            if {".lock", "metrics.jsonl"} <= names:
+                return False
+            # what a fresh disk or a checkout puts into a folder is nobody's work
+            content = [name for name in names if name[0] != "." and name != "lost+found"]
+            if content:
+                raise UserError(f"{self.out} holds {min(content)}, which is not of a run: "
+                                "give another --out")
             return False
         for path in [".", *(self.settings.get(key) for key in PATHS)]:
             if path and Path(os.path.realpath(path)).is_relative_to(self.out):
@@ -159,6 +163,7 @@ class Run:
             return
         planned = self.start
         self.take_lock()
+        # much can happen while a base is loaded
         if self.plan(*self.asked) != planned:
             raise UserError(f"another run has just written into {self.out}: start again")
         if self.moves_aside:
@@ -208,6 +213,7 @@ class Run:
             raise UserError(f"{self.out} holds a run and cannot be moved aside ({error.strerror}): "
                             "give another --out")
         print(f"{self.out} holds a run already; it is now {aside}")
+        # the old lock is held until the new one is: nobody finds the run unlocked on its way
         self.take_lock()
         old_lock.close()
         for stage in range(1, first_stage):

@@ -220,7 +220,7 @@ def test_the_same_contents_resume_wherever_they_lie(tmp_path):
 @pytest.mark.parametrize("what", ["base", "encoder", "data"])
 def test_other_contents_are_refused(tmp_path, what):
     train(tmp_path, ALL, until=(1, 2))
-    refused(tmp_path, ALL, f"with {what} = '{SETTINGS[what]}'", "contents are others", "--out",
+    refused(tmp_path, ALL, f"with {what} = '{SETTINGS[what]}'", "not known to be the same", "--out",
             resume=True, **{f"{what}_sha256": "other"})
 
 
@@ -443,6 +443,35 @@ def test_a_plan_that_another_run_has_overtaken_is_refused(tmp_path):
         late.begin()
     late.close()
     assert files(tmp_path) == before
+
+
+def test_a_lock_that_moved_aside_with_its_folder_does_not_count(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "run"
+    train(out, ALL)
+    late = Run(out, SETTINGS)
+    late.plan(ALL, resume=False)
+    flock = fcntl.flock
+
+    def overtaken(file, how):
+        monkeypatch.undo()
+        train(out, [1])
+        flock(file, how)
+    monkeypatch.setattr(fcntl, "flock", overtaken)
+    with pytest.raises(UserError, match="another run is writing"):
+        late.begin()
+    assert stages_in(out) == [(1, 3)]
+    assert stages_in(tmp_path / "run.1") == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_file_system_without_locks_is_used_all_the_same(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    train(tmp_path, [1])
+    assert stages_in(tmp_path) == [(1, 3)]
 
 
 def test_planning_changes_nothing(tmp_path):
