@@ -88,9 +88,9 @@ def find_model(name, option="--base"):
     """
     source = published_name(name)
     path = Path(source)
-    if os.path.isdir(path):
+    if os.path.isdir(source):
         return path
-    if os.path.isfile(path):
+    if os.path.isfile(source):
         return convert_gguf(path, cached(f"{path.stem}-{file_sha256(path)[:16]}"))
     if source.endswith(".gguf") or not HUB_NAME.fullmatch(source):
         raise UserError(f"no such folder: {name} ({option} takes a folder, a .gguf file, "
@@ -114,9 +114,11 @@ def fetch_from_hub(source, option):
     try:
         return Path(snapshot_download(source, allow_patterns=MODEL_FILES))
     except Exception as error:          # the hub's own, httpx's, and those of the disk
-        # why it looked into the cache only
-        cause = error.__cause__ or error
-        unreached = isinstance(error, errors.LocalEntryNotFoundError)
+        cause = error
+    only_cache = isinstance(cause, errors.LocalEntryNotFoundError)
+    if only_cache:
+        # why it looked no further
+        cause = cause.__cause__ or cause
     hint = f"or give {option} DIR with the model; {option} tiny needs no download"
     if isinstance(cause, errors.RepositoryNotFoundError):
         raise UserError(f"{source} is no folder here, and the hub has no such model for you: if it "
@@ -128,7 +130,7 @@ def fetch_from_hub(source, option):
         raise UserError(f"{source} cannot be kept in {constants.HF_HUB_CACHE}: {cause}: make room, "
                         "or set HF_HOME to a folder with room that can be written")
     what = f"({type(cause).__name__}: {cause})"
-    if unreached or "Proxy" in what:
+    if only_cache or "Proxy" in what:
         raise HubUnreachable(f"{source} is not in the cache and the hub was not reached {what}: "
                              f"try again with a connection, {hint}")
     raise UserError(f"{source}: the download broke off {what}: the same command goes on where it "
