@@ -94,10 +94,12 @@ def read_config(fields, weights):
     """config.json."""
     family = fields["general.architecture"]
     config = {name: fields[f"{family}.{key}"] for name, key in FIGURES.items()}
+    q = weights["model.layers.0.self_attn.q_proj.weight"]
     return config | {
         "model_type": family,
         "architectures": [f"{family.title()}ForCausalLM"],
         "torch_dtype": "bfloat16",
+        "head_dim": len(q) // config["num_attention_heads"],
         "vocab_size": len(weights["model.embed_tokens.weight"]),
         "tie_word_embeddings": "lm_head.weight" not in weights,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in weights,
