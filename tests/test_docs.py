@@ -22,12 +22,12 @@ class SameNumbers(doctest.OutputChecker):
 
 
 class SameShapes(doctest.OutputChecker):
-    """Only shapes and truths must agree: the run is another one, and so is what it says."""
+    """Shapes, ids and truths must agree; numbers with a point and words are another run's."""
 
     def check_output(self, want, got, optionflags):
-        if want.startswith(("torch.Size", "(torch.Size", "True")):
-            return want == got
-        return True
+        if NUMBER.search(want) or "'" in want or '"' in want:
+            return True
+        return want == got
 
 
 def close(want, got):
