@@ -13,16 +13,23 @@ NUMBER = re.compile(r"-?\d+\.\d*(?:e-?\d+)?")
 
 
 class SameNumbers(doctest.OutputChecker):
-    """A number with a point may differ by two of its last digit: machines sum in another order."""
+    """A number with a point may differ by two of its last digit.
+
+    Machines sum in another order.
+    """
 
     def check_output(self, want, got, optionflags):
         if NUMBER.split(want) != NUMBER.split(got):
             return False
-        return all(close(a, b) for a, b in zip(NUMBER.findall(want), NUMBER.findall(got)))
+        pairs = zip(NUMBER.findall(want), NUMBER.findall(got))
+        return all(close(a, b) for a, b in pairs)
 
 
 class SameShapes(doctest.OutputChecker):
-    """Shapes, ids and truths must agree; numbers with a point and words are another run's."""
+    """Shapes, ids and truths must agree.
+
+    Words, and numbers with a point, are another run's.
+    """
 
     def check_output(self, want, got, optionflags):
         if NUMBER.search(want) or "'" in want or '"' in want:
@@ -31,16 +38,17 @@ class SameShapes(doctest.OutputChecker):
 
 
 def close(want, got):
-    digits = len(want.partition(".")[2])
-    return abs(float(want) - float(got)) <= 2.1 * 10 ** -digits
+    _, _, digits = want.partition(".")
+    return abs(float(want) - float(got)) <= 2.1 * 0.1 ** len(digits)
 
 
 def type_in(text, checker):
-    """Run a page's examples one after the other -> what went wrong, as doctest reports it."""
-    test = doctest.DocTestParser().get_doctest(text, {}, "walk.md", "docs/walk.md", 0)
-    assert len(test.examples) > 30
+    """Run a page's examples one after the other -> what went wrong, in doctest's words."""
+    parser = doctest.DocTestParser()
+    page = parser.get_doctest(text, {}, "walk.md", "docs/walk.md", 0)
+    assert len(page.examples) > 30
     report = []
-    doctest.DocTestRunner(checker, verbose=False).run(test, out=report.append)
+    doctest.DocTestRunner(checker).run(page, out=report.append)
     return "".join(report)
 
 
@@ -57,7 +65,7 @@ def test_the_way_back_prints_what_the_page_says(monkeypatch):
 
 
 def test_the_way_there_runs_and_has_the_shapes_of_the_page(tmp_path, monkeypatch):
-    # the page's own run takes minutes: this one has a step, on the same base
+    # the page's own run takes minutes: this one has a step a stage, on the same base
     result = program("train.py", "--steps1", 1, "--batch1", 1, "--steps2", 1, "--batch2", 4,
                      "--steps3", 0, "--held-out", 1, "--out", tmp_path / "out" / "tiny")
     assert result.returncode == 0, result.stderr
@@ -68,5 +76,32 @@ def test_the_way_there_runs_and_has_the_shapes_of_the_page(tmp_path, monkeypatch
 def test_numbers_that_differ_and_lines_that_fail_are_reported():
     page = "".join(f">>> {k}.25 + 1\n{k + 1}.25\n" for k in range(31))
     assert type_in(page, SameNumbers()) == ""
-    assert "Failed example" in type_in(page.replace("\n9.25", "\n9.35"), SameNumbers())
-    assert "NameError" in type_in(page + ">>> nothing\n", SameShapes())
+    wrong = page.replace("\n9.25", "\n9.35")
+    assert "Failed example" in type_in(wrong, SameNumbers())
+    broken = page + ">>> nothing\n"
+    assert "NameError" in type_in(broken, SameShapes())
+
+
+PAGES = [*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")]
+LINK = re.compile(r"\]\(([^)#\s]+)")
+NAMED_LINE = re.compile(r"`([\w.]+)` \[(\w+\.py):(\d+)\]")     # `train_step` [train.py:64]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    text = page.read_text(encoding="utf-8")
+    for target in LINK.findall(text):
+        if target.startswith("http"):
+            continue
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_line_that_a_page_names_defines_what_it_says(page):
+    text = page.read_text(encoding="utf-8")
+    for name, file, number in NAMED_LINE.findall(text):
+        source = (ROOT / file).read_text(encoding="utf-8")
+        line = source.splitlines()[int(number) - 1].strip()
+        own = name.split(".")[-1]
+        starts = (f"def {own}(", f"class {own}(", f"class {own}:")
+        assert line.startswith(starts), f"{file}:{number} is not {name}"
