@@ -31,7 +31,8 @@ FREE_ON_RESUME = PATHS | {"out", "device", "micro_batch", "checkpointing", "save
                           "save_minutes"}
 # in these a stage and the ones that it builds on must agree
 SHARED_BY_STAGES = ["base_sha256", "encoder_sha256", "data_sha256", "variant", "rank", "lora_alpha",
-                    "pooling", "query_format", "encoder_layers", "start", "seed"]
+                    "pooling", "query_format", "encoder_layers", "train_encoder", "start",
+                    "seed"]
 
 
 class Run:
