@@ -42,7 +42,7 @@ def run_program(main):
     except KeyboardInterrupt:
         problem = "interrupted; what was saved before stays"
     except BrokenPipeError:
-        # the reader of our output has gone, as in `... | head`: a plain exit would still flush to it
+        # the reader of our output has gone, as in `... | head`: an ordinary exit would write to it
         os._exit(0)
     except (MemoryError, RuntimeError) as error:
         # torch's own out-of-memory errors are RuntimeErrors

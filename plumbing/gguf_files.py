@@ -72,7 +72,7 @@ def convert_gguf(path, folder):
     except ImportError:
         raise UserError("a GGUF file is read by another package: `pip install gguf`")
     except Exception as error:          # a field that lacks, a cut file: numpy's errors
-        raise UserError(f"cannot read {path}: {type(error).__name__} {error} "
+        raise UserError(f"cannot read {path} as a GGUF file: {type(error).__name__} {error} "
                         "(if it was cut short, download it again)")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,7 @@ def fetch_from_hub(source, option):
         raise UserError(f"{source}: the hub answered {cause}: try again later, {hint}")
     if getattr(cause, "errno", None):
         raise UserError(f"{source} cannot be kept in {constants.HF_HUB_CACHE}: {cause}: make room, "
-                        "or set HF_HOME to a folder with room that can be written")
+                        "or set HF_HOME to a folder on another disk")
     what = f"({type(cause).__name__}: {cause})"
     if only_cache or "Proxy" in what:
         raise HubUnreachable(f"{source} is not in the cache and the hub was not reached {what}: "

