@@ -429,10 +429,10 @@ class PersonaFuse(nn.Module):
         `parse_traits` reads them. A baseline's one LoRA has weight 1 whatever the route. `top_k`
         keeps only the largest of the router's weights.
         """
-        n = len(queries)
-        E = self.experts
         if setting == "none":
             return None
+        n = len(queries)
+        E = self.experts
         if setting not in ROUTES:
             if E != len(TRAITS):
                 raise UserError("this run has a single LoRA: weights by hand need the ten experts "
