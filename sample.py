@@ -85,7 +85,8 @@ def load_model(args):
     the base's generation_config.json, then the run's preset.
     """
     device = pick_device(args.device, args.base)
-    settings = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.0}
+    # without a run, what suits a small model that can speak
+    settings = {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1}
     if args.route == "none" and args.base and not args.run:
         folder = find_model(args.base)
         llama = load_llama(folder, device, args.dtype)
@@ -100,6 +101,8 @@ def load_model(args):
     for name in ("temperature", "top_p", "repetition_penalty"):
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
+    if model.tokenizer.format_note:
+        print(model.tokenizer.format_note, file=sys.stderr)
     return model
 
 
