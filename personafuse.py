@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import TRAITS, ChatTokenizer, parse_traits
+from data import TRAITS, parse_traits
 from lora import LoRALinear, expert_scales, init_experts, linear, load_experts, save_experts
+from plumbing.chat import ChatTokenizer
 from plumbing.files import UserError, atomic_write, read_json, write_json
 from plumbing.models import find_model, model_sha256, published_name
 from plumbing.processes import settle_math

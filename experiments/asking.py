@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from typing import NamedTuple
 
-from data import ChatTokenizer
+from plumbing.chat import ChatTokenizer
 from plumbing import UserError, find_model
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import ChatTokenizer, load_records, make_examples, router_batch, split, trait_groups
+from plumbing.chat import ChatTokenizer, load_records, make_examples, router_batch, split, trait_groups
 from experiments.statistics import bootstrap, shown
 from losses import contrastive_loss, cosine, router_loss, trait_loss
 from personafuse import like_lengths, load_llama, pad
