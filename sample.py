@@ -150,8 +150,8 @@ def check_length(model, query, prompt):
     """UserError for a query that leaves no room for an answer."""
     context = model.base.config.max_position_embeddings
     if len(prompt) >= context:
-        raise UserError(f"the query {query[:40]!r}... has {len(prompt)} tokens with its chat format, "
-                        f"the context of the base is {context}")
+        raise UserError(f"the query {query[:40]!r}... has {len(prompt)} tokens with its chat "
+                        f"format, the context of the base is {context}")
 
 
 def answer_once(model, query, args):

@@ -1,4 +1,4 @@
-"""How a model is talked to: a folder's tokenizer.json and its chat format, text to token ids and back.
+"""How a model is talked to: tokenizer and chat format of a folder, text to token ids and back.
 
 What a user types is text, never control, and only a format's own tags become control tokens.
 """
