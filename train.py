@@ -67,8 +67,8 @@ PRESETS = {
 def train_step(model, optimizer, stage, batch, args):
     """One step of section 4.3 -> its losses by name, and the gradient's norm before clipping.
 
-    Each term of the stage's loss runs backward as soon as it is there: the gradient of a sum is the
-    sum of the gradients, and what the term computed is freed for the next one.
+    Each term of the loss runs backward as soon as it is there: the gradient of a sum is the sum of
+    the gradients, and what the term computed is freed for the next one.
     """
     losses = {}
     if stage > 1:
@@ -113,14 +113,19 @@ def train_step(model, optimizer, stage, batch, args):
     else:
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
     losses = {name: value.item() for name, value in losses.items()}
-    if not np.isfinite([*losses.values(), *norm.flatten().tolist()]).all():
-        raise UserError(f"stage {stage}: the loss or its gradient is not finite ({losses}); stopped "
-                        "before it reached the weights: look for NaN in the base's weights, in "
-                        "fp16 try bf16, or lower the learning rate")
+    check_finite(losses, norm)
     optimizer.step()
     # None rather than zeros: the next backward writes where it would have added
     optimizer.zero_grad(set_to_none=True)
     return losses, norm.max().item()
+
+
+def check_finite(losses, norm):
+    if np.isfinite([*losses.values(), *norm.flatten().tolist()]).all():
+        return
+    raise UserError(f"the loss or its gradient is not finite ({losses}); stopped before it reached "
+                    "the weights: look for NaN in the base's weights, in fp16 try bf16, or lower "
+                    "the learning rate")
 
 
 def response_loss(model, examples, w, token_weight, args):
