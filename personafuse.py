@@ -389,8 +389,8 @@ class PersonaFuse(nn.Module):
 
     @property
     def experts(self):
-        A = self.base.layers[0].self_attn.q_proj.A                      # (E·rank, k)
-        return len(A) // self.base.rank
+        A = getattr(self.base.layers[0].self_attn.q_proj, "A", ())      # (E·rank, k)
+        return len(A) // max(1, self.base.rank)                         # 0: the bare base
 
     @property
     def device(self):
@@ -434,6 +434,8 @@ class PersonaFuse(nn.Module):
             return None
         n = len(queries)
         E = self.experts
+        if E == 0:
+            raise UserError("the bare base has no experts: name a run with --run DIR")
         if setting not in ROUTES:
             if E != len(TRAITS):
                 raise UserError("this run has a single LoRA: weights by hand need the ten experts "

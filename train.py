@@ -72,7 +72,7 @@ def train_step(model, optimizer, stage, batch, args):
     """
     losses = {}
     if stage > 1:
-        # queries are short and the encoder small: all of them at once, for Eq. 5 compares pairs
+        # all of them at once, for Eq. 5 compares pairs
         queries = [example.query for example in batch.examples]
         p = torch.tensor([example.p for example in batch.examples], device=model.device)
         h = model.embed(queries, checkpointing=args.checkpointing)              # (B, d)
@@ -108,16 +108,20 @@ def train_step(model, optimizer, stage, batch, args):
 
     trained = [t for _, t in trainable(model, stage) if t.grad is not None]
     sum_over_processes([t.grad for t in trained])
-    if stage == 1:
-        norm = clip_experts(model.base, model.experts, args.clip)               # (E,)
-    else:
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+    norm = clip_gradients(model, stage, trained, args)
     losses = {name: value.item() for name, value in losses.items()}
     check_finite(losses, norm)
     optimizer.step()
     # None rather than zeros: the next backward writes where it would have added
     optimizer.zero_grad(set_to_none=True)
     return losses, norm.max().item()
+
+
+def clip_gradients(model, stage, trained, args):
+    """Gradients to norm `clip` at most, in stage 1 each expert's on its own -> the norm(s)."""
+    if stage == 1:
+        return clip_experts(model.base, model.experts, args.clip)               # (E,)
+    return torch.nn.utils.clip_grad_norm_(trained, args.clip)
 
 
 def check_finite(losses, norm):
