@@ -24,7 +24,7 @@ from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 from personafuse import Config, Llama  # noqa: E402
-from plumbing import run_program  # noqa: E402
+from plumbing.files import run_program  # noqa: E402
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)    # a background shell ignores Ctrl-C, and programs started here would
