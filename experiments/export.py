@@ -18,11 +18,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
+from data import FORMATS, PLAIN
 from lora import merge, unmerge
 from personafuse import OVERFLOW, load_run
 from plumbing.files import UserError, read_json, run_program, write_json
@@ -31,8 +29,19 @@ from sample import check_query, check_setting, newest_run
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # what comes along from the base's folder as it is, where it is there
-COPIED = ["tokenizer.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-          "vocab.json", "merges.txt", "LICENSE"]
+COPIED = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
+# of a conversation that ends with an answer, nothing of the next turn is written
+TEMPLATE = """
+{%- for message in messages %}
+    {%- if message.role not in ("user", "assistant") %}
+        {{- raise_exception("the experts were trained on turns of user and assistant alone") }}
+    {%- elif message.role == "assistant" %}
+        {{- before + message.content | trim + (end if loop.last else between) }}
+    {%- else %}
+        {{- (start if loop.first else "") + message.content | trim + opening }}
+    {%- endif %}
+{%- endfor %}"""
 
 
 def parse_arguments():
@@ -45,7 +54,6 @@ def parse_arguments():
     add("--base", help="where the run's base is now")
     add("--traits", metavar="WEIGHTS", help='by hand: "high agreeableness=0.7, ..."')
     add("--route", default="learned", choices=[route for route in ROUTES if route != "none"])
-    add("--seed", type=int, default=0, help="of the random routes")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     # options may stand between the query and DIR
     args = parser.parse_intermixed_args()
@@ -72,123 +80,76 @@ def merged_tensors(base, w):
     return tensors
 
 
-def end_tokens(tokenizer):
-    """What ends an answer, as configs have it: an id or, where several do, a list, ours first."""
-    ids = [tokenizer.end, *sorted(tokenizer.stop - {tokenizer.end})]
-    return ids if len(ids) > 1 else ids[0]
-
-
 def write_configs(base, folder, out, tokenizer):
     """config.json, generation_config.json and tokenizer_config.json: the base's, with all in them
     that is different now.
     """
     config = read_json(folder / "config.json", f"{folder} has no config.json")
-    config["architectures"] = [ARCHITECTURES[config["model_type"]]]
-    config["tie_word_embeddings"] = base.config.tie_word_embeddings
-    config["torch_dtype"] = str(base.dtype).removeprefix("torch.")
-    config.pop("dtype", None)                           # the newer name of the same
-    config["eos_token_id"] = end_tokens(tokenizer)
-    write_json(out / "config.json", config)
+    # every token that ends an answer, the one that was trained first
+    ends = [tokenizer.end, *sorted(tokenizer.stop - {tokenizer.end})]
+    eos = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+    dtype = str(base.dtype).removeprefix("torch.")
+    write_json(out / "config.json", config | eos | {
+        "architectures": [ARCHITECTURES[config["model_type"]]],
+        "tie_word_embeddings": base.config.tie_word_embeddings,
+        "torch_dtype": dtype,
+        "dtype": dtype,                                 # the newer name of the same
+    })
 
     path = folder / "generation_config.json"
     generation = read_json(path, "") if path.exists() else {}
-    write_json(out / path.name, generation | {"eos_token_id": end_tokens(tokenizer)})
+    write_json(out / "generation_config.json", generation | eos)
 
-    path = folder / "tokenizer_config.json"
-    if path.exists():
-        settings = read_json(path, "")
-    else:
+    path = out / "tokenizer_config.json"
+    if not path.exists():
         # without one transformers would build a tokenizer of its own for the family
-        settings = {
+        write_json(path, {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": tokenizer.tokenizer.id_to_token(tokenizer.end),
             "model_max_length": base.config.max_position_embeddings,
             "clean_up_tokenization_spaces": False,
-        }
-    settings.pop("chat_template", None)                 # it has a file of its own
-    write_json(out / path.name, settings)
+        })
 
 
-# -------------------------------------------------------------------------------- the chat template
-
-def base_template(folder):
-    """The chat template of a model's folder, from either place that one may have, or None."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    template = read_json(path, "").get("chat_template") if path.exists() else None
-    # a few have several, by name
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+def write_template(out, tokenizer):
+    """Leave the base's own chat template where the experts were trained on the prompts that it
+    writes; else write ours in its place.
+    """
+    own = tokenizer.format not in (PLAIN, *FORMATS)
+    # one that tells the date writes another prompt every day
+    if own and not tells_date(out):
+        return
+    settings = read_json(out / "tokenizer_config.json", "")
+    write_json(out / "tokenizer_config.json", settings | {"chat_template": None})
+    (out / "chat_template.jinja").write_text(chat_template(tokenizer), encoding="utf-8")
 
 
-def our_template(tokenizer):
-    """The chat format in use as a Jinja template: as encode_prompt, answer by answer."""
+def tells_date(out):
+    paths = [out / name for name in ("chat_template.jinja", "tokenizer_config.json")]
+    return any("strftime_now" in path.read_text(encoding="utf-8-sig")
+               for path in paths if path.exists())
+
+
+def chat_template(tokenizer):
+    """The chat format in use as a Jinja template, a program that writes a conversation."""
     def text(parts):
         shown = [tokenizer.tokenizer.id_to_token(part) if isinstance(part, int) else part
                  for part in parts]
         return "".join(shown)
 
-    first, after = text([*tokenizer.prefix, *tokenizer.first_turn]).split("{query}")
-    later, _ = text(tokenizer.later_turn).split("{query}")
+    # first: what stands around the first query; later: around an answer and the next query
+    start, opening = text(tokenizer.first).split("{query}")
+    before, rest = text(tokenizer.later).split("{answer}")
+    between, _ = rest.split("{query}")
+    values = {"start": start, "opening": opening, "before": before, "between": between,
+              "end": text([tokenizer.end])}
     # a JSON string is a Jinja string too
-    first, later, after, space, end = (
-        json.dumps(part, ensure_ascii=False)
-        for part in (first, later, after, tokenizer.space, text([tokenizer.end])))
-    return (
-        "{%- for message in messages %}"
-        "{%- if message['role'] == 'user' %}"
-        f"{{{{- ({first} if loop.first else {later}) + message['content'] | trim + {after} }}}}"
-        "{%- elif message['role'] == 'assistant' %}"
-        f"{{{{- {space} + message['content'] | trim + {end} }}}}"
-        "{%- else %}"
-        "{{- raise_exception('the experts were trained on turns of user and assistant alone') }}"
-        "{%- endif %}"
-        "{%- endfor %}"
-    )
+    lines = [f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} %}}"
+             for name, value in values.items()]
+    return "\n".join(lines) + TEMPLATE
 
 
-def template_prompt(template, folder, query, settings):
-    """The prompt that a template makes of a query, as transformers has it -> token ids."""
-    def refuse(message):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = refuse
-    tokens = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token = settings.get(name)
-        tokens[name] = token["content"] if isinstance(token, dict) else token
-    text = environment.from_string(template).render(
-        messages=[{"role": "user", "content": query}], add_generation_prompt=True, **tokens)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def write_template(folder, out, tokenizer):
-    """The base's chat template where it writes the prompt that the experts were trained on, for it
-    can do more (system messages, tools); else ours.
-    """
-    template = base_template(folder)
-    settings = read_json(out / "tokenizer_config.json", "")
-    query = "A question,\nin two lines?"
-    ours = tokenizer.encode_prompt(query)
-    try:
-        same = template and template_prompt(template, out, query, settings) == ours
-    except TemplateError:
-        same = False
-    if not same:
-        if template:
-            print("the base's chat template writes another prompt than the one in training: "
-                  "replaced by ours")
-        template = our_template(tokenizer)
-    (out / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------- the checkpoint
+# ---------------------------------------------------------------------------------- the checkpoint
 
 def check_written(out, tensors):
     """UserError unless each tensor is in the files under its name, in its shape.
@@ -221,7 +182,7 @@ def export(model, w, folder, out):
             if (folder / name).exists():
                 shutil.copyfile(folder / name, tmp / name)
         write_configs(model.base, folder, tmp, model.tokenizer)
-        write_template(folder, tmp, model.tokenizer)
+        write_template(tmp, model.tokenizer)
         check_written(tmp, tensors)
         tmp.rename(out)
     except (OSError, SafetensorError) as error:
@@ -238,7 +199,7 @@ def main():
     # merging is one pass over the weights: the CPU does
     device = torch.device("cpu")
     model, settings = load_run(args.run or newest_run(), device, args.dtype, args.base)
-    w = model.mixing_weights([args.query or ""], args.setting, seed=args.seed)
+    w = model.mixing_weights([args.query or ""], args.setting)
     export(model, w[0], Path(settings["base_folder"]), out)
     print(f"wrote {out}: load it with transformers, vLLM, or any engine that reads Hugging Face "
           "checkpoints")

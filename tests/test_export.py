@@ -22,7 +22,8 @@ CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im
           "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
           "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-OTHER = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+OTHER = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+         "{% if add_generation_prompt %}<assistant>{% endif %}")
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
                  "<|end_header_id|>", "<|eot_id|>")
@@ -46,12 +47,19 @@ def chat(folder):
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
 
 
-def other_template(folder):
-    """A template that writes another prompt than the one that the experts learn from."""
+def own_template(folder):
+    """A format of its own, in tokenizer_config.json."""
     make_model(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
          "chat_template": OTHER}))
+
+
+def dated(folder):
+    """A template that tells the date: in training it was the same every day."""
+    own_template(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("{% for", "{{ strftime_now('%d %b %Y') }}{% for", 1))
 
 
 def llama3(folder):
@@ -70,7 +78,7 @@ def qwen2(folder):
     make_model(folder, model_type="qwen2", special=CHAT_TOKENS)
 
 
-BASES = [plain, untied, chat, other_template, llama3, qwen2]
+BASES = [plain, untied, chat, own_template, dated, llama3, qwen2]
 
 
 @pytest.fixture(scope="module", params=BASES, ids=lambda make: make.__name__)
@@ -90,6 +98,10 @@ def exported(request, small_data, tmp_path_factory):
 
 def read(path):
     return json.loads(path.read_text())
+
+
+def template_of(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder).chat_template
 
 
 def test_transformers_alone_answers_as_we_do(exported):
@@ -152,23 +164,25 @@ def test_the_configs_say_what_the_file_holds(exported):
         ids = read(out / name)["eos_token_id"]
         assert set([ids] if isinstance(ids, int) else ids) == model.tokenizer.stop
     # all else in the configs stays
-    changed = {"architectures", "tie_word_embeddings", "torch_dtype", "eos_token_id"}
+    changed = {"architectures", "tie_word_embeddings", "torch_dtype", "dtype",
+               "eos_token_id"}
     for key, value in read(base / "config.json").items():
         assert key in changed or config[key] == value
     for name in ("tokenizer.json", "special_tokens_map.json"):
         if (base / name).exists():
             assert (out / name).read_bytes() == (base / name).read_bytes()
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {
-        path.name for path in out.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {path.name for path in out.iterdir()}
 
 
 def test_a_base_template_comes_along_where_it_writes_our_prompt(exported):
-    base, _, out, printed = exported
-    template = (out / "chat_template.jinja").read_text()
+    base, _, out, _ = exported
     if base.parent.name.startswith("chat"):
-        assert template == CHATML
-    assert OTHER not in (out / "tokenizer_config.json").read_text()
-    assert ("another prompt" in printed) is base.parent.name.startswith("other_template")
+        assert template_of(out) == CHATML
+    if base.parent.name.startswith("own_template"):
+        assert read(out / "tokenizer_config.json")["chat_template"] == OTHER
+        assert not (out / "chat_template.jinja").exists()
+    if base.parent.name.startswith("dated"):
+        assert "strftime_now" not in template_of(out)
 
 
 def test_the_merged_weights_are_the_sum(exported):
