@@ -5,15 +5,18 @@ answers come, with an exception in place of an answer that did not, so whoever r
 know which of the two it is.
 """
 
+import http.client
+import json
 import os
 import queue
 import random
 import re
+import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from typing import NamedTuple
-
-import httpx
 
 from data import ChatTokenizer
 from experiments.batched import generate_batch
@@ -49,29 +52,41 @@ def ask(url, model, prompt, max_tokens=1024, temperature=0.0, seed=0,
         "temperature": temperature,
         "seed": seed,
     }
-    key = os.environ.get("OPENAI_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     for attempt in range(tries):
         if attempt > 0:
             # workers that were turned away together come back apart
             time.sleep(wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
         try:
-            reply = httpx.post(url, json=body, headers=headers, timeout=timeout)
-            if reply.is_success:
-                choice = reply.json()["choices"][0]
-                text = choice["message"]["content"] or ""
-                return Answer(text, choice.get("finish_reason") == "length")
-        except (httpx.ConnectError, httpx.InvalidURL) as error:
-            problem = error
-            break           # nobody is there: waiting will not help
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-            problem = repr(error)
+            status, text = post_json(url, body, timeout)
+            if status < 300:
+                choice = json.loads(text)["choices"][0]
+                content = choice["message"]["content"] or ""
+                return Answer(content, choice.get("finish_reason") == "length")
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            # urllib wraps what the network says as the reason of an error of its own
+            problem = getattr(error, "reason", error)
+            if isinstance(problem, (ConnectionRefusedError, socket.gaierror)):
+                break       # nobody is there: waiting will not help
             continue
-        status = reply.status_code
-        problem = f"HTTP {status} {' '.join(reply.text.split())[:500]}"
+        problem = f"HTTP {status} {' '.join(text.split())[:500]}"
         if status < 500 and status not in (408, 429):
             refuse(url, problem)
     raise ConnectionError(f"{url}: {problem}")
+
+
+def post_json(url, body, timeout):
+    """Send a JSON body -> (HTTP status, text of the reply), be the status an error or not."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    # urllib raises what carries an error's status, though it can be read like any other reply
+    try:
+        reply = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        reply = error
+    with reply:
+        return reply.status, reply.read().decode(errors="replace")
 
 
 def refuse(url, problem):

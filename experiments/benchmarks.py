@@ -19,7 +19,7 @@ from experiments.judges import pairwise
 from experiments.sources import read_file
 from experiments.statistics import Scores, print_table, shown
 from personafuse import load_run
-from plumbing.files import UserError
+from plumbing.files import UserError, read_json
 
 LETTERS = "ABCDEFGHIJ"
 # each question of ToMBench is put five times, its options in another order, and the majority counts
@@ -178,9 +178,8 @@ def score_tombench(question, answers):
 
 def read_eq_bench(folder):
     path = find(folder, "eq_bench_v2_questions_171.json", BENCHMARKS["eq_bench"].source)
-    rows = json.loads(path.read_text(encoding="utf-8-sig"))
     questions = []
-    for row in rows.values():
+    for row in read_json(path, "").values():
         reference = row["reference_answer_fullscale"]
         right = {reference[f"emotion{k}"]: float(reference[f"emotion{k}_score"])
                  for k in range(1, 5)}
