@@ -1,5 +1,5 @@
-"""Four of the paper's benchmarks, and what a judge thinks, in one table: a row for each score, a column
-for each run.
+"""Four of the paper's benchmarks, and what a judge thinks, in one table: a row for each score, a
+column for each run.
 
 A benchmark's own files are read from --data DIR, or from DIR/NAME. Prompts are worded by us, in the
 authors' form; answers are read and scored by their rules, unusable ones included.
@@ -24,6 +24,7 @@ from plumbing.files import UserError, read_json
 LETTERS = "ABCDEFGHIJ"
 # each question of ToMBench is put five times, its options in another order, and the majority counts
 TRIES = 5
+EQ_BENCH_FILE = "eq_bench_v2_questions_171.json"
 
 
 class Question(NamedTuple):
@@ -39,17 +40,10 @@ class Benchmark(NamedTuple):
     score: object           # a Question and its answers -> points from 0 to 1, or None: unusable
     max_new_tokens: int
     source: str             # where the files come from
+    files: list             # those without which there is nothing to ask
 
 
 # -------------------------------------------------------------------------------------------- files
-
-def find(folder, name, source):
-    """A benchmark's file in the folder; UserError says where to get it."""
-    path = Path(folder) / name
-    if not path.exists():
-        raise UserError(f"there is no {path}; it comes from {source}")
-    return path
-
 
 def read_questions(name, folder):
     """All questions of a benchmark, in an order that lets --limit take some of each group."""
@@ -60,6 +54,9 @@ def read_questions(name, folder):
     folder = Path(folder)
     if (folder / name).is_dir():
         folder = folder / name
+    for file in benchmark.files:
+        if not (folder / file).exists():
+            raise UserError(f"there is no {folder / file}; it comes from {benchmark.source}")
     try:
         questions = benchmark.read(folder)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -80,10 +77,9 @@ def read_emobench(folder):
     """EA, emotional application: what would be most effective? EU, understanding: what does
     somebody feel, and why?
     """
-    source = BENCHMARKS["emobench"].source
     questions = []
     for part in ("EA", "EU"):
-        for row in read_file(find(folder, f"{part}.jsonl", source)):
+        for row in read_file(folder / f"{part}.jsonl"):
             if row["language"] == "en":
                 questions.append(application(row) if part == "EA" else understanding(row))
     return questions
@@ -119,18 +115,18 @@ def score_emobench(question, answers):
     block = re.search(r"```json\s*(.*?)```", answers[0], re.S)
     try:
         said = json.loads(block[1] if block else answers[0])
-        letters = {key: str(said[key]) for key in question.right if said[key] is not None}
+        letters = {key: said[key] for key in question.right}
     except (ValueError, KeyError, TypeError):
         return None
-    usable = len(letters) == len(question.right) and set("".join(letters.values())) <= set(LETTERS)
-    return float(letters == question.right) if usable else None
+    if not all(isinstance(letter, str) for letter in letters.values()):
+        return None
+    return float(letters == question.right)
 
 
 # ---------------------------------------------------------------------------------------- ToMBench
 
 def read_tombench(folder):
     """The English side of every .jsonl file of the folder, a file a task."""
-    find(folder, "False Belief Task.jsonl", BENCHMARKS["tombench"].source)
     questions = []
     for path in sorted(folder.glob("*.jsonl")):
         for number, row in enumerate(read_file(path)):
@@ -177,9 +173,8 @@ def score_tombench(question, answers):
 # ------------------------------------------------------------------------------- EQ-Bench and GSM8K
 
 def read_eq_bench(folder):
-    path = find(folder, "eq_bench_v2_questions_171.json", BENCHMARKS["eq_bench"].source)
     questions = []
-    for row in read_json(path, "").values():
+    for row in read_json(folder / EQ_BENCH_FILE, "").values():
         reference = row["reference_answer_fullscale"]
         right = {reference[f"emotion{k}"]: float(reference[f"emotion{k}_score"])
                  for k in range(1, 5)}
@@ -203,17 +198,11 @@ def score_eq_bench(question, answers):
 
 
 def read_gsm8k(folder):
-    """test.jsonl, and for five worked examples train.jsonl or else the last problems of the test,
-    which are then not asked.
-    """
-    test = list(read_file(find(folder, "test.jsonl", BENCHMARKS["gsm8k"].source)))
-    others = folder / "train.jsonl"
-    examples = list(read_file(others))[:5] if others.exists() else test[-5:]
-    if not others.exists():
-        test = test[:-5]
+    """Each problem of the test, behind five worked examples."""
+    examples = list(read_file(folder / "train.jsonl"))[:5]
     shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in examples)
     questions = []
-    for row in test:
+    for row in read_file(folder / "test.jsonl"):
         prompt = f"{shots}Question: {row['question']}\nAnswer:"
         right = row["answer"].rpartition("####")[2].strip()
         questions.append(Question([prompt], right, 0, [], row["question"]))
@@ -230,15 +219,19 @@ def score_gsm8k(question, answers):
 
 
 BENCHMARKS = {
-    "emobench": Benchmark(read_emobench, score_emobench, 60,
-                          "https://github.com/Sahandfer/EmoBench, folder data"),
-    "eq_bench": Benchmark(read_eq_bench, score_eq_bench, 80,
-                          "https://github.com/EQ-bench/EQ-Bench, folder data"),
-    "tombench": Benchmark(read_tombench, score_tombench, 16,
-                          "https://github.com/zhchen18/ToMBench, folder data"),
-    "gsm8k": Benchmark(read_gsm8k, score_gsm8k, 256,
-                       "https://github.com/openai/grade-school-math, folder "
-                       "grade_school_math/data"),
+    "emobench": Benchmark(
+        read_emobench, score_emobench, 60,
+        "https://github.com/Sahandfer/EmoBench, folder data", ["EA.jsonl", "EU.jsonl"]),
+    "eq_bench": Benchmark(
+        read_eq_bench, score_eq_bench, 80,
+        "https://github.com/EQ-bench/EQ-Bench, folder data", [EQ_BENCH_FILE]),
+    "tombench": Benchmark(
+        read_tombench, score_tombench, 16,
+        "https://github.com/zhchen18/ToMBench, folder data", ["False Belief Task.jsonl"]),
+    "gsm8k": Benchmark(
+        read_gsm8k, score_gsm8k, 256,
+        "https://github.com/openai/grade-school-math, folder grade_school_math/data",
+        ["test.jsonl", "train.jsonl"]),
 }
 TASKS = [*BENCHMARKS, "pairwise"]
 

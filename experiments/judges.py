@@ -28,18 +28,10 @@ The answer of assistant A:
 The answer of assistant B:
 {b}
 
-Explain in a few sentences, then end with exactly one verdict: [[A>>B]] (A is much better), [[A>B]]\
-, [[A=B]], [[B>A]] or
-[[B>>A]]."""
+Explain in a few sentences, then end with exactly one verdict: [[A]], [[B]] or [[tie]]."""
 
-# a verdict -> points of A, one for each time it counts: "much" thrice, as Arena-Hard does
-VERDICTS = {
-    "A>>B": [1, 1, 1],
-    "A>B": [1],
-    "A=B": [0.5],
-    "B>A": [0],
-    "B>>A": [0, 0, 0],
-}
+# a verdict -> what A gets for it
+VERDICTS = {"A": 1.0, "tie": 0.5, "B": 0.0}
 
 
 def pairwise(label, model, settings, args, opponents):
@@ -53,50 +45,40 @@ def pairwise(label, model, settings, args, opponents):
         opponents["bare base"] = ask_model(model, queries, bare, args.max_new_tokens)
     rows = {}
     for name, theirs in opponents.items():
-        points, weights, unusable = compare_pairs(args, queries, ours, theirs)
-        rows[f"pairwise, wins over {name}"] = Scores(100 * points, weights, 50, unusable)
+        rows[f"pairwise, wins over {name}"] = compare_pairs(args, queries, ours, theirs)
     opponents[label] = ours
     return rows
 
 
 def compare_pairs(args, queries, ours, theirs):
-    """Each pair of answers judged in both orders, as a judge likes the first (or the last) better
-    -> (our points, points in all) by question, and the number of unusable verdicts.
-    """
+    """Queries and two answers to each -> Scores: how often ours wins, in %."""
+    # in both orders, as a judge likes the first (or the last) better
+    wins = ask_judge(args, queries, ours, theirs)
+    losses = ask_judge(args, queries, theirs, ours)
+    points = np.stack([wins, 1 - losses])                       # (2, n)
+    usable = ~np.isnan(points)
+    return Scores(100 * np.nansum(points, axis=0), usable.sum(axis=0), 50, int((~usable).sum()))
+
+
+def ask_judge(args, *texts):
+    """Queries, answers A, answers B -> what A gets for each (n,), nan where no verdict was read."""
     prompts = []
-    for query, own, other in zip(queries, ours, theirs):
-        prompts += [pair_prompt(query, own, other), pair_prompt(query, other, own)]
-    points = np.zeros(len(queries))
-    weights = np.zeros(len(queries))
-    found = ask_judge(args, prompts)
-    for k, verdict in enumerate(found):
-        question, swapped = divmod(k, 2)
-        for point in VERDICTS.get(verdict, []):
-            points[question] += 1 - point if swapped else point
-            weights[question] += 1
-    return points, weights, found.count(None)
-
-
-def pair_prompt(query, a, b):
-    places = {"query": query, "a": a, "b": b}
-    # one pass: a text that holds "{a}" itself says just that
-    return re.sub(r"\{(query|a|b)\}", lambda place: places[place[1]], PAIR)
-
-
-def ask_judge(args, prompts):
-    """The judge's verdict on each prompt; None where none could be read."""
-    found = [None] * len(prompts)
+    for places in zip(*texts):
+        named = dict(zip(("query", "a", "b"), places))
+        # one pass: a text that holds "{a}" itself says just that
+        prompts.append(re.sub(r"\{(query|a|b)\}", lambda place: named[place[1]], PAIR))
+    found = np.full(len(prompts), np.nan)
     for attempt in range(TRIES):
-        todo = [i for i, verdict in enumerate(found) if verdict is None]
+        todo = np.isnan(found).nonzero()[0]
         # the first answer is the likeliest one: asked for again, it must be drawn
         answers = server_answers(args.judge, args.judge_model, [prompts[i] for i in todo],
-                                 temperature=0.7 if attempt else 0.0, seed=args.seed + attempt)
+                                 temperature=0.7 * (attempt > 0), seed=args.seed + attempt)
         for k, answer in answers:
             if isinstance(answer, (OSError, UserError)):
                 raise UserError(f"the judge at {args.judge} gives no answer: {answer}")
             # a ValueError: the texts are longer than the judge's context
-            said = [] if isinstance(answer, ValueError) else re.findall(
-                r"\[\[(A>>B|A>B|A=B|B>A|B>>A)\]\]", answer.text)
-            if len(set(said)) == 1:
-                found[todo[k]] = said[0]
+            text = "" if isinstance(answer, ValueError) else answer.text
+            said = set(re.findall(r"\[\[(A|B|tie)\]\]", text))
+            if len(said) == 1:
+                found[todo[k]] = VERDICTS[said.pop()]
     return found

@@ -119,9 +119,10 @@ def files(tmp_path_factory):
     (folder / "eq_bench" / "eq_bench_v2_questions_171.json").write_text(json.dumps({
         str(n): {"prompt": "Score each feeling.", "reference_answer_fullscale": reference}
         for n in (1, 2, 3)}))
-    lines("gsm8k/test.jsonl", [{
-        "question": f"What is {n} and 1?", "answer": f"{n}+1=<<{n}+1={n + 1}>>\n#### {n + 1}"}
-        for n in range(8)])
+    problems = [{"question": f"What is {n} and 1?", "answer": f"{n}+1\n#### {n + 1}"}
+                for n in range(10)]
+    lines("gsm8k/test.jsonl", problems[:3])
+    lines("gsm8k/train.jsonl", problems[3:])
     return folder
 
 
@@ -139,7 +140,7 @@ def test_each_question_has_one_right_answer_in_its_own_words(files):
     gsm8k = read_questions("gsm8k", files)
     assert sorted(q.right for q in gsm8k) == ["1", "2", "3"]
     for question in gsm8k:
-        # the last five problems are the worked examples; the router reads the question alone
+        # five worked examples, and the router reads the question alone
         assert question.prompts[0].count("#### ") == 5
         assert question.prompts[0].endswith(f"Question: {question.query}\nAnswer:")
 
@@ -193,7 +194,8 @@ def test_benchmark_errors_say_what_to_do(run, tmp_path):
     assert fails_in_one_line(fails("pairwise"), "--judge")
     assert fails_in_one_line(fails("gsm8k"), "--data", "github.com/openai/grade-school-math")
     (tmp_path / "emobench").mkdir()
-    (tmp_path / "emobench" / "EA.jsonl").write_text('{"language": "en"}\n')
+    for name in ("EA.jsonl", "EU.jsonl"):
+        (tmp_path / "emobench" / name).write_text('{"language": "en"}\n')
     assert fails_in_one_line(fails("tombench", "--data", tmp_path), "github.com/zhchen18/ToMBench")
     assert fails_in_one_line(fails("emobench", "--data", tmp_path), "choices", "emobench")
     (tmp_path / "emobench" / "EA.jsonl").write_text('{"lang')
@@ -235,25 +237,24 @@ def test_pairs_are_judged_in_both_orders(judge):
     args = Namespace(judge=judge.url, judge_model="judge", seed=0)
 
     def compared(*texts):
-        points, weights, unusable = judges.compare_pairs(args, *texts)
+        points, weights, _, unusable = judges.compare_pairs(args, *texts)
         return points.tolist(), weights.tolist(), unusable
 
     # whoever stands first: no preference at all
-    judge.verdict = lambda prompt, n: "First is better. [[A>B]]"
-    assert compared(["q1", "q2"], ["ours", "ours"], ["theirs", "theirs"]) == ([1, 1], [2, 2], 0)
+    judge.verdict = lambda prompt, n: "First is better. [[A]]"
+    assert compared(["q1", "q2"], ["ours", "ours"], ["theirs", "theirs"]) == ([100, 100], [2, 2], 0)
 
-    def prefers_good(prompt, n):
-        return "[[A>>B]]" if prompt.index("good") < prompt.index("bad") else "[[B>A]]"
-
-    # "much better" counts thrice
-    judge.verdict = prefers_good
-    assert compared(["q3"], ["good"], ["bad"]) == ([4], [4], 0)
+    # what the answers say, and not where they stand
+    judge.verdict = lambda prompt, n: (
+        "[[A]]" if prompt.index("good") < prompt.index("bad") else "[[B]]")
+    assert compared(["q3"], ["good"], ["bad"]) == ([200], [2], 0)
+    assert compared(["q4"], ["bad"], ["good"]) == ([0], [2], 0)
 
     # asked again until it can be read
-    judge.verdict = lambda prompt, n: {1: "no idea", 2: "[[A>B]] or [[B>A]]?", 3: "[[A=B]]"}[n]
-    assert compared(["q4"], ["x"], ["y"]) == ([1], [2], 0)
+    judge.verdict = lambda prompt, n: {1: "no idea", 2: "[[A]] or [[B]]?", 3: "[[tie]]"}[n]
+    assert compared(["q5"], ["x"], ["y"]) == ([100], [2], 0)
     judge.verdict = lambda prompt, n: "nonsense"
-    assert compared(["q5"], ["x"], ["y"])[2] == 2
+    assert compared(["q6"], ["x"], ["y"])[2] == 2
     assert max(judge.asked.values()) == 3
 
 
@@ -264,7 +265,7 @@ def test_a_judge_who_is_not_there_is_said(run):
 
 
 def test_pairwise_on_the_held_out_queries(run, judge, monkeypatch, capsys):
-    judge.verdict = lambda prompt, n: "[[A=B]]"
+    judge.verdict = lambda prompt, n: "[[tie]]"
     table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", "pairwise", "--limit", 2,
                       "--max-new-tokens", 3, "--judge", judge.url, "--judge-model", "judge")
     assert table["pairwise, wins over bare base"][run.name] == {
