@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import TRAITS, by_hash, load_records, make_examples, split
+from data import TRAITS, ChatTokenizer, by_hash, load_records, make_examples, split
 from experiments.statistics import bootstrap
-from personafuse import load_run
+from personafuse import Config, load_run
 from plumbing.files import HERE, UserError, file_sha256
 from router import pole_auc
 
@@ -61,19 +61,20 @@ def load_experts_run(run, args):
     return model, settings
 
 
-def fitting_examples(model, records, max_length, answer="response"):
-    """The records whose prompt leaves room for an answer, and the same as Examples."""
-    fitting = []
-    for record in records:
-        if len(model.tokenizer.encode_prompt(record["query"])) < max_length:
-            fitting.append(record)
-    return fitting, make_examples(fitting, model, max_length, answer)
+def fitting(records, settings):
+    """The records whose prompt leaves room for an answer in the run's --max-length."""
+    tokenizer = ChatTokenizer(settings["base_folder"])
+    config = Config.from_folder(settings["base_folder"])
+    room = min(settings["max_length"], config.max_position_embeddings)
+    prompts = tokenizer.encode_queries([record["query"] for record in records], "chat")
+    return [record for record, prompt in zip(records, prompts) if len(prompt) < room]
 
 
 def held_out_examples(model, settings, args):
     """The held-out records of a run that fit into its --max-length, and the same as Examples."""
     _, held = run_records(settings, data=args.data, limit=args.limit)
-    return fitting_examples(model, held, settings["max_length"])
+    records = fitting(held, settings)
+    return records, make_examples(records, model, settings["max_length"])
 
 
 def activations(records):

@@ -29,17 +29,16 @@ from data import TRAITS
 from experiments.answers import add_sampling
 from experiments.benchmarks import TASKS, run_benchmarks
 from experiments.common import load_experts_run
-from experiments.comparison import COMPARISON, comparison
+from experiments.comparison import COMPARISON, FORGETTING, comparison, forgetting
 from experiments.control import CONTROL, STEERING, control, steering
 from experiments.expression import EXPRESSION, expression
-from experiments.forgetting import FORGETTING, forgetting
 from experiments.judges import JUDGED
 from experiments.probe import PROBE, probe
 from experiments.questionnaire import QUESTIONNAIRE, questionnaire
 from experiments.routing import ROUTING, routing
 from experiments.statistics import print_rows
 from personafuse import pick_device, read_settings
-from plumbing.files import number, run_program
+from plumbing.files import UserError, number, run_program
 from router import ROUTES
 
 # what measures one run with ten experts, and what its tables say
@@ -91,10 +90,13 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     # all runs, before anything is loaded
-    base = read_settings(args.run[0])["base"]
+    first = read_settings(args.run[0])
     for run in args.run[1:]:
-        read_settings(run, base)
-    args.device = pick_device(args.device, base)
+        settings = read_settings(run)
+        if settings["base_sha256"] != first["base_sha256"]:
+            raise UserError(f"{run} was made for the base {settings['base']}, {args.run[0]} for "
+                            f"{first['base']}: their figures are not to be compared")
+    args.device = pick_device(args.device, first["base"])
     if args.tasks:
         return run_benchmarks(args, args.device, args.dtype)
     name = args.measure or ("probe" if args.probe else "comparison")

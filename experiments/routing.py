@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from experiments.answers import sampling, write_answers
-from experiments.common import (activations, break_ties, fitting_examples, oracle_weights,
+from experiments.common import (activations, break_ties, held_out_examples, oracle_weights,
                                 response_losses, run_records)
 from experiments.expression import make_reader
 from experiments.statistics import bootstrap, mean_interval
@@ -81,9 +81,9 @@ def routing(model, settings, args):
     """--routing: every setting of the curve, between its borders."""
     if model.router is None:
         raise UserError("this run has no router yet: run `python train.py --stage 2`")
-    training, held = run_records(settings, data=args.data, limit=args.limit)
+    training, _ = run_records(settings, data=args.data)
     reader, _ = make_reader(training)
-    records, examples = fitting_examples(model, held, settings["max_length"])
+    records, examples = held_out_examples(model, settings, args)
     queries = [record["query"] for record in records]
     p = activations(records)
     best = oracle_weights(p, "cpu").numpy()
