@@ -25,12 +25,6 @@ from router import ROUTES
 
 # the steps of Persona-CoT come before the response, and need room of their own
 COT_TOKENS = 300
-# as many answers are written together
-ROWS = 32
-
-
-# ----------------------------------------------------------------------------------------- prompts
-
 def cot_prompt(text):
     """Persona-CoT (Table 9 of the paper) around a query."""
     return PERSONA_COT.replace("{query}", text)
@@ -44,72 +38,39 @@ def cot_response(answer):
         return answer
 
 
-def route_weights(model, queries, args):
-    """w (n, E) as --route, --top-k and --seed say, or None for the bare base."""
-    # with cot it is the bare base that is prompted
-    route = "none" if args.route == "cot" else args.route
-    return model.mixing_weights(queries, route, args.top_k, args.seed)
-
-
-def ask_model(model, texts, args, max_new_tokens, queries=None, until=(), raw=False):
-    """Texts -> greedy answers, the experts mixed by --route for `queries` (default: the texts)."""
-    w = route_weights(model, queries or texts, args)
-    return write_answers(model, texts, w, max_new_tokens, args.route == "cot", until, raw)
-
-
-# ----------------------------------------------------------------------------------------- answers
-
-def write_answers(model, texts, w, max_new_tokens, cot=False, until=(), raw=False, **sampling):
+def write_answers(model, texts, w, max_new_tokens, cot=False, **sampling):
     """Texts and w (n, E), or None for the bare base -> an answer to each.
 
-    An answer ends before the first of the strings `until`. `cot` asks through the Persona-CoT
-    prompt, and takes the response. `raw` texts have no chat format. sampling: temperature, top_p,
-    repetition_penalty and seed of generate_batch.
+    `cot` asks through the Persona-CoT prompt, and takes the response. sampling: temperature, top_p,
+    repetition_penalty and seed of generate_batch; without them the answers are greedy.
     """
     if cot:
         texts = [cot_prompt(text) for text in texts]
         max_new_tokens += COT_TOKENS
     tokenizer = model.tokenizer
-    if raw:
-        prompts = [tokenizer.prefix + tokenizer.encode(text) for text in texts]
-    else:
-        prompts = [tokenizer.encode_prompt(text) for text in texts]
-    answers = continue_prompts(model, prompts, w, max_new_tokens, until, sampling)
-    if cot:
-        answers = [cot_response(answer) for answer in answers]
-    return answers if raw else [answer.strip() for answer in answers]
-
-
-def continue_prompts(model, prompts, w, max_new_tokens, until, sampling):
-    """Prompts (token ids) -> what the model writes after each, as text."""
     # a prompt that fills the context is cut on the left: a quarter is left to answer in
     context = model.base.config.max_position_embeddings
     room = context - min(max_new_tokens, context // 4)
+    prompts = [tokenizer.encode_prompt(text)[-room:] for text in texts]
     # like lengths run side by side: the cache is read as far as the longest
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [[] for _ in prompts]
-    finished = set()
-    tokens = generate_batch(
-        model.base, [prompts[i][-room:] for i in order], max_new_tokens, model.tokenizer.stop,
-        None if w is None else w[order], rows=ROWS, finished=finished, **sampling)
-    with tqdm(total=len(prompts), desc="answers", leave=False) as progress:
-        for k, token in tokens:
-            ids = answers[order[k]]
-            if token is None:
-                progress.update()
-                continue
-            ids.append(token)
-            # a string may be spread over several tokens: look at the last few together
-            end = model.tokenizer.decode(ids[-24:]) if until else ""
-            if any(stop in end for stop in until):
-                finished.add(k)
-    return [cut_before(model.tokenizer.decode(ids), until) for ids in answers]
+    in_order = [prompts[i] for i in order]
+    w = None if w is None else w[order]
+    written = generate_batch(model.base, in_order, max_new_tokens, tokenizer.stop, w, **sampling)
+    answers = [""] * len(texts)
+    for k, ids in tqdm(written, "answers", len(texts), leave=False):
+        answer = tokenizer.decode(ids)
+        answers[order[k]] = (cot_response(answer) if cot else answer).strip()
+    return answers
 
 
-def cut_before(text, until):
-    """The text before the first of the strings `until`."""
-    ends = [text.index(stop) for stop in until if stop in text]
-    return text[:min(ends, default=len(text))]
+def ask_model(model, texts, args, max_new_tokens, queries=None):
+    """Texts -> greedy answers, the experts mixed by --route for `queries` (default: the texts)."""
+    # with cot it is the bare base that is prompted
+    cot = args.route == "cot"
+    route = "none" if cot else args.route
+    w = model.mixing_weights(queries or texts, route, args.top_k, args.seed)
+    return write_answers(model, texts, w, max_new_tokens, cot)
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -151,8 +112,8 @@ def main():
         queries = [record["query"] for record in run_records(settings)[1]]
 
     # in parts: what is written stays, and a long file shows that it goes on
-    for start in range(0, len(queries), 4 * ROWS):
-        part = queries[start:start + 4 * ROWS]
+    for start in range(0, len(queries), 128):
+        part = queries[start:start + 128]
         w = model.mixing_weights(part, args.traits or args.route, seed=args.seed)
         answers = write_answers(model, part, w, args.max_new_tokens, **sampling(settings, args))
         for i, (query, answer) in enumerate(zip(part, answers)):

@@ -143,15 +143,10 @@ def decode_answers(llama, tokenizer, prompts, max_tokens, rows):
         yield i, ValueError("longer than the context")
     if not fitting:
         return
-    written = {i: [] for i in fitting}
-    tokens = generate_batch(llama, [prompts[i] for i in fitting], max_tokens, tokenizer.stop,
-                            rows=rows)
-    for k, token in tokens:
+    answers = generate_batch(llama, [prompts[i] for i in fitting], max_tokens, tokenizer.stop,
+                             rows=rows)
+    for k, ids in answers:
         i = fitting[k]
-        if token is not None:
-            written[i].append(token)
-            continue
-        ids = written.pop(i)
         # the last token is written but not read, so a full context has one more
         full = len(prompts[i]) + len(ids) > context
         yield i, Answer(tokenizer.decode(ids), full or len(ids) == max_tokens)

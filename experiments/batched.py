@@ -78,13 +78,12 @@ class Sequence:
 
 @torch.inference_mode()
 def generate_batch(llama, prompts, max_new_tokens, stop, w=None, temperature=0.0, top_p=1.0,
-                   seed=0, rows=16, finished=(), repetition_penalty=1.0):
-    """Yield (i, token) as prompts[i] is continued, and (i, None) when it has ended: at a `stop`
+                   seed=0, repetition_penalty=1.0, rows=32):
+    """Yield (i, the ids that continue prompts[i]), in the order in which they end: at a `stop`
     token, after max_new_tokens, or at the end of the model's context.
 
     prompts: lists of token ids; w (len(prompts), E), or None for the bare base. `rows` sequences
-    run at a time. Whoever reads the tokens may end prompts[i] early by putting i into the set
-    `finished`.
+    run at a time.
     """
     context = llama.config.max_position_embeddings
     longest = max(len(prompt) for prompt in prompts)
@@ -117,13 +116,11 @@ def generate_batch(llama, prompts, max_new_tokens, stop, w=None, temperature=0.0
         # from the last to the first, as only rows that were looked at move into a hole
         for row in reversed(range(first, len(active))):
             sequence = active[row]
-            sequence.ids.append(new[row - first])
-            stopped = sequence.ids[-1] in stop
-            if not stopped:
-                yield sequence.index, sequence.ids[-1]
-            full = len(sequence.ids) == sequence.end
-            if stopped or full or sequence.index in finished:
-                yield sequence.index, None
+            token = new[row - first]
+            if token not in stop:
+                sequence.ids.append(token)
+            if token in stop or len(sequence.ids) == sequence.end:
+                yield sequence.index, sequence.ids[len(prompts[sequence.index]):]
                 cache.remove(row)
                 active[row] = active[-1]
                 active.pop()

@@ -66,8 +66,8 @@ def fitting(records, settings):
     tokenizer = ChatTokenizer(settings["base_folder"])
     config = Config.from_folder(settings["base_folder"])
     room = min(settings["max_length"], config.max_position_embeddings)
-    prompts = tokenizer.encode_queries([record["query"] for record in records], "chat")
-    return [record for record, prompt in zip(records, prompts) if len(prompt) < room]
+    return [record for record in records
+            if len(tokenizer.encode_prompt(record["query"])) < room]
 
 
 def held_out_examples(model, settings, args):

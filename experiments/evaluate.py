@@ -17,8 +17,8 @@
     python -m experiments.evaluate --run out/tiny --probe data_full.json
                                         what the encoder learned (Table 6)
     python -m experiments.evaluate --run out/tiny --tasks emobench,gsm8k --data DIR --limit 20
-                                        the paper's benchmarks, by lm-eval
-    python -m experiments.evaluate --run out/tiny --tasks mentalchat --data DIR \\
+                                        the paper's benchmarks
+    python -m experiments.evaluate --run out/tiny --tasks pairwise \\
         --judge URL --judge-model NAME  a judge's opinion
 """
 
@@ -32,7 +32,6 @@ from experiments.common import load_experts_run
 from experiments.comparison import COMPARISON, FORGETTING, comparison, forgetting
 from experiments.control import CONTROL, STEERING, control, steering
 from experiments.expression import EXPRESSION, expression
-from experiments.judges import JUDGED
 from experiments.probe import PROBE, probe
 from experiments.questionnaire import QUESTIONNAIRE, questionnaire
 from experiments.routing import ROUTING, routing
@@ -68,7 +67,7 @@ def parse_arguments():
     for name in (*OF_EACH_RUN, "expression", "forgetting"):
         measure(f"--{name}", dest="measure", action="store_const", const=name)
     measure("--probe", metavar="FILE", help="labelled texts: data_full.json of CLINC150, or CSV")
-    measure("--tasks", help=", ".join([*TASKS, *JUDGED]))
+    measure("--tasks", help=", ".join(TASKS))
 
     add("--data", help="the records, where they are not found; for --tasks the benchmarks' folder")
     add("--limit", type=number(int, 1), help="only so many held-out records, or questions of a task")
@@ -76,7 +75,6 @@ def parse_arguments():
     add("--route", choices=[*ROUTES, "cot"], default="learned",
         help="for --tasks; cot: the bare base answers through the Persona-CoT prompt")
     add("--top-k", type=number(int, 1, high=len(TRAITS)), help="only the k largest weights")
-    add("--no-chat", action="store_true", help="no chat format around the harness's text")
     add("--max-new-tokens", type=number(int, 1), default=400)
     add("--judge", metavar="URL", help="OpenAI-compatible (its key: OPENAI_API_KEY)")
     add("--judge-model", metavar="NAME")

@@ -16,34 +16,38 @@ import torch.nn.functional as F
 
 from data import held_out
 from experiments.common import fit_logistic
+from experiments.sources import read_file
 from experiments.statistics import mean_interval
-from experiments.tasks.utils import read
 from personafuse import build, load_run
-from plumbing.files import UserError
+from plumbing.files import UserError, read_json
 
 
 def labelled(path):
     """A labelled file -> its (text, label) pairs for training, and those for the test."""
-    records = read(path)
     try:
-        if isinstance(records, dict):
-            return read_clinc(path, records)
-        pairs = [(record["text"], record["label"]) for record in records if record["text"]]
-        train = [pair for pair in pairs if not held_out(pair[0])]
-        return train, [pair for pair in pairs if held_out(pair[0])]
+        if path.suffix == ".json":
+            return read_clinc(path)
+        train = []
+        test = []
+        for row in read_file(path):
+            if row["text"]:
+                side = test if held_out(row["text"]) else train
+                side.append((row["text"], row["label"]))
+        return train, test
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: neither CLINC150's data_full.json nor a CSV with columns text "
                         f"and label ({error})")
 
 
-def read_clinc(path, records):
+def read_clinc(path):
     """CLINC150 comes with its split. domains.json beside it makes ten domains and out-of-scope of
     its 150 intents: the paper's 11 classes.
     """
-    domain_of = {}
+    records = read_json(path, f"there is no {path}")
     domains = path.with_name("domains.json")
+    domain_of = {}
     if domains.exists():
-        for domain, intents in read(domains).items():
+        for domain, intents in read_json(domains, "").items():
             domain_of |= dict.fromkeys(intents, domain)
     sides = []
     for side in ("train", "test"):
