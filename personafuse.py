@@ -400,16 +400,18 @@ class PersonaFuse(nn.Module):
         context = self.router.encoder.config.max_position_embeddings
         return self.encoder_tokenizer.encode_queries(queries, self.query_format, context)
 
-    def embed(self, queries, rows=32, checkpointing=False):
+    def embed(self, queries, rows=32, checkpointing=False, read=None):
         """Queries (token ids of encode_queries) -> persona embeddings h (n, d).
 
-        The encoder reads like lengths together, so that little is padded.
+        The encoder reads like lengths together, so that little is padded. `read`: the router's
+        `pool` in place of its `embed`.
         """
+        read = read or self.router.embed
         h = []
         order = []
         for part in like_lengths([len(query) for query in queries], rows):
             tokens, lengths = pad([queries[i] for i in part], self.device)
-            h.append(self.router.embed(tokens, lengths, checkpointing))         # (rows, d)
+            h.append(read(tokens, lengths, checkpointing))                      # (rows, d)
             order += part
         # row k of all of them is query order[k]
         order = torch.tensor(order, device=self.device)
@@ -427,10 +429,10 @@ class PersonaFuse(nn.Module):
         `parse_traits` reads them. A baseline's one LoRA has weight 1 whatever the route. `top_k`
         keeps only the largest of the router's weights.
         """
-        n = len(queries)
-        E = self.experts
         if setting == "none":
             return None
+        n = len(queries)
+        E = self.experts
         if setting not in ROUTES:
             if E != len(TRAITS):
                 raise UserError("this run has a single LoRA: weights by hand need the ten experts "
@@ -658,8 +660,8 @@ def check_fits(llama, folder, device, weight_dtype):
 
 def build(settings, device, dtype):
     """The whole model, with fresh experts and a fresh router, from the settings of a run, a dict:
-    base_folder, encoder_folder (None: no router), names, rank, lora_alpha, encoder_layers, pooling,
-    query_format, start, tau, seed.
+    base_folder, encoder_folder (None: no router), names, rank, lora_alpha, encoder_layers,
+    train_encoder, pooling, query_format, start, tau, seed.
     """
     folder = settings["base_folder"]
     # a base that processes.shard spreads is mapped on the CPU until then
@@ -671,13 +673,14 @@ def build(settings, device, dtype):
     folder = settings["encoder_folder"]
     if folder is None:
         return PersonaFuse(base, tokenizer)
-    # the encoder's weights stay fp32: it is trained whole, by steps too small for bf16
-    encoder = load_llama(folder, device, dtype, weight_dtype=torch.float32,
+    # an encoder that is trained whole is kept in fp32: its steps are too small for bf16
+    frozen = not settings["train_encoder"]
+    encoder = load_llama(folder, device, dtype, weight_dtype=None if frozen else torch.float32,
                          layers=settings["encoder_layers"])
     encoder_tokenizer = ChatTokenizer(folder)
     encoder_tokenizer.check_against(encoder.embed_tokens.weight)
     router = Router(encoder, len(settings["names"]), settings["tau"], settings["pooling"],
-                    settings["start"])
+                    settings["start"], frozen)
     return PersonaFuse(base, tokenizer, router.to(device), encoder_tokenizer,
                        settings["query_format"]).requires_grad_(False)
 
@@ -689,7 +692,10 @@ def save_run(model, settings, with_router):
     out = Path(settings["out"])
     save_experts(model.base, settings["names"], out, published_name(settings["base"]))
     if with_router:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in model.router.state_dict().items()}
+        tensors = {}
+        for name, t in model.router.state_dict().items():
+            if not (name.startswith("encoder.") and model.router.frozen_encoder):
+                tensors[name] = t.cpu().contiguous()
         with atomic_write(out / "router.safetensors") as tmp:
             save_file(tensors, tmp)
     write_json(out / "personafuse.json", settings)
@@ -730,7 +736,8 @@ def load_run(run, device, dtype, base=None):
     load_experts(model.base, settings["names"], run)
     if model.router:
         try:
-            model.router.load_state_dict(load_file(trained, device=str(device)))
+            # not strict: a frozen encoder is that of its folder
+            model.router.load_state_dict(load_file(trained, device=str(device)), strict=False)
         except Exception as error:              # safetensors has its own type, and OSError
             raise UserError(f"cannot read {trained}: {' '.join(str(error).split())}")
     return model.requires_grad_(False), settings

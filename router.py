@@ -23,24 +23,23 @@ class Router(nn.Module):
       "mean"   the mean of its outputs
       "both"   these two side by side
       "words"  the mean of its token embeddings: a bag of words that skips its blocks
-    `start` says where training begins:
-      "means"     e_i is the mean of the queries that call for expert i, less the mean of all
-      "whitened"  the same, after an affine map at the end of f_θ that centres h and evens out its
-                  directions; the map is trained from there
+    `start` says where training begins, see `start_at`:
+      "means"  h is what the pooling gives, and e_i the mean of the queries that call for expert i
+      "ridge"  an affine map at the end of f_θ makes ten numbers of it, how much of each pole, and
+               e_i is the axis of pole i; the map is trained from there like the rest
     """
 
-    def __init__(self, encoder, num_experts=10, tau=1.0, pooling="last", start="means"):
+    def __init__(self, encoder, num_experts=10, tau=1.0, pooling="last", start="means",
+                 frozen_encoder=False):
         super().__init__()
         self.encoder = encoder
+        self.frozen_encoder = frozen_encoder    # then only e and the map are trained and saved
         self.tau = tau
         self.pooling = pooling
         d = encoder.config.hidden_size * (2 if pooling == "both" else 1)
-        self.map = None
-        if start == "whitened":
-            self.map = nn.Linear(d, d)
-            nn.init.eye_(self.map.weight)                       # until `start_at`
-            nn.init.zeros_(self.map.bias)
-        self.e = nn.Parameter(torch.empty(num_experts, d))      # `start_at` gives them values
+        self.map = nn.Linear(d, num_experts) if start == "ridge" else None
+        # `start_at` gives them values
+        self.e = nn.Parameter(torch.zeros(num_experts, num_experts if start == "ridge" else d))
 
     def forward(self, tokens, lengths):
         """Eq. 1: queries (B, T), right-padded, and lengths (B,) -> mixing weights w (B, E)."""
@@ -54,9 +53,7 @@ class Router(nn.Module):
     def embed(self, tokens, lengths, checkpointing=False):
         """f_θ: tokens (B, T), lengths (B,) -> persona embeddings h (B, d), in fp32."""
         h = self.pool(tokens, lengths, checkpointing)           # (B, d)
-        if self.map is None:
-            return h
-        return self.map(F.normalize(h, dim=-1))
+        return h if self.map is None else self.map(h)
 
     def pool(self, tokens, lengths, checkpointing=False):
         """What `pooling` takes of the encoder: tokens (B, T), lengths (B,) -> (B, d), in fp32.
@@ -80,29 +77,28 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def start_at(self, h, p):
-        """Set e, and the map where there is one, by what `pool` makes of the training queries.
+        """Set e, and the map where there is one, by the training queries: what `pool` makes of them,
+        h (n, d), and the traits that they call for, p (n, E).
 
-        h (n, d), p (n, E). The h of an encoder share a large common part: without it the ten class
-        means differ, and the router starts as a nearest-mean classifier instead of at random.
+        The h of an encoder share a large common part. Less that, both starts tell the poles apart
+        before a step of training.
         """
-        h = F.normalize(h, dim=-1)
-        mean = h.mean(dim=0)                                    # (d,)
-        if self.map is not None:
-            centred = h - mean
-            # C = U diag(v) Uᵀ, and (C + λ)^(-1/2) makes all directions about equally long; λ is
-            # their mean variance: without it the directions in which h hardly varies, and which
-            # the queries at hand tell badly, would count most
-            C = centred.T @ centred / len(h)                    # (d, d)
-            v, U = torch.linalg.eigh(C.double())
-            M = (U * (v + v.mean()) ** -0.5 @ U.T).to(h)
-            self.map.weight.copy_(M)
-            self.map.bias.copy_(-M @ mean)
-            h = self.map(h)
-            mean = h.mean(dim=0)
         p = p.to(h)
-        count = p.sum(dim=0)[:, None].clamp(min=1)              # (E, 1)
-        class_means = p.T @ h / count                           # (E, d)
-        self.e.copy_(class_means - mean)
+        if self.map is None:
+            # a nearest-mean classifier
+            h = F.normalize(h, dim=-1)
+            count = p.sum(dim=0)[:, None].clamp(min=1)          # (E, 1)
+            self.e.copy_(p.T @ h / count - h.mean(dim=0))
+            return
+        # ridge regression of p on h: M = C⁻¹ cov(h, p), where C is cov(h) and, on its diagonal, the
+        # mean variance more: n queries say little of directions in which h hardly varies
+        centred = h - h.mean(dim=0)
+        C = centred.T @ centred / len(h)                        # (d, d)
+        C += C.trace() / len(C) * torch.eye(len(C), device=h.device)
+        M = torch.linalg.solve(C, centred.T @ p / len(h))       # (d, E)
+        self.map.weight.copy_(M.T)
+        self.map.bias.copy_(p.mean(dim=0) - h.mean(dim=0) @ M)
+        self.e.copy_(torch.eye(len(self.e)))
 
 
 def random_weights(n, experts, k, seed=0):

@@ -40,21 +40,21 @@ PRESETS = {
         steps2=200, batch2=64, group=4, lr2=2e-3, lr_e=1e-2,
         steps3=20, batch3=32, lr3=1e-3,
         pooling="words", query_format="raw", encoder_layers=0, start="means",
-        tau=0.05, margin=0.0, beta=0.1, max_length=512, micro_batch=5, held_out=512,
+        train_encoder=True, tau=0.05, margin=0.0, beta=0.1, max_length=512, micro_batch=5, held_out=512,
         save_minutes=1, temperature=0.7, top_p=0.9, repetition_penalty=1.0),
     "quick": dict(
         steps1=24, batch1=2, lr1=2e-3,
-        steps2=20, batch2=64, group=4, lr2=1e-6, lr_e=1e-4,
-        steps3=10, batch3=16, lr3=5e-5,
-        pooling="both", query_format="chat", encoder_layers=18, start="whitened",
-        tau=0.1, margin=0.0, beta=0.1, max_length=512, micro_batch=4, held_out=48,
+        steps2=20, batch2=32, group=4, lr2=1e-5, lr_e=1e-4,
+        steps3=6, batch3=16, lr3=5e-5,
+        pooling="both", query_format="chat", encoder_layers=18, start="ridge",
+        train_encoder=False, tau=0.1, margin=0.0, beta=0.1, max_length=512, micro_batch=4, held_out=48,
         save_minutes=1.5, temperature=0.5, top_p=0.9, repetition_penalty=1.1),
     "paper": dict(
         steps1=1000, batch1=256, lr1=1e-4,
         steps2=1500, batch2=64, group=64, lr2=1e-4, lr_e=1e-4,
         steps3=300, batch3=32, lr3=1e-5,
         pooling="last", query_format="raw", encoder_layers=0, start="means",
-        tau=1.0, margin=0.0, beta=1.0, max_length=2048, micro_batch=32, held_out=512,
+        train_encoder=True, tau=1.0, margin=0.0, beta=1.0, max_length=2048, micro_batch=32, held_out=512,
         save_minutes=8, temperature=0.7, top_p=0.9, repetition_penalty=1.0),
 }
 
@@ -153,7 +153,8 @@ def run_stage(model, stage, first_step, examples, args, run):
         # the router starts at what 4,096 queries tell
         known = examples[:4096]
         with torch.no_grad():
-            h = model.embed([example.query for example in known])               # (n, d)
+            queries = [example.query for example in known]
+            h = model.embed(queries, read=model.router.pool)                    # (n, d)
         model.router.start_at(h, torch.tensor([example.p for example in known]))
 
     # P_i and the groups that share p are looked up once, not at every step
@@ -207,6 +208,8 @@ def trainable(model, stage):
     for name, t in model.named_parameters():
         expert = name.endswith((".A", ".B"))
         router = name.startswith("router.")
+        if name.startswith("router.encoder.") and model.router.frozen_encoder:
+            continue
         if (expert and stage != 2) or (router and stage != 1):
             chosen.append((name, t))
     return chosen
@@ -360,8 +363,10 @@ def add_method_options(parser):
     add("--query-format", choices=["raw", "chat"], help="what the encoder reads: the bare query, "
                                                         "or the prompt up to the answer")
     add("--encoder-layers", type=number(int, 0), help="its first blocks; 0: all")
+    add("--train-encoder", action=argparse.BooleanOptionalAction,
+        help="as in the paper, or only the expert embeddings and the map")
     add("--pooling", choices=["last", "mean", "both", "words"], help="see router.py")
-    add("--start", choices=["means", "whitened"], help="of the router, see router.py")
+    add("--start", choices=["means", "ridge"], help="of the router, see router.py")
     add("--tau", type=positive, help="τ of Eq. 1")
     add("--margin", type=number(float, -1, high=1), help="m of Eq. 3")
     add("--loss-alpha", type=number(float, 0), default=1.0, help="α of Eq. 6")
@@ -471,6 +476,7 @@ def train(args, device):
     if args.shard:
         shard(model.base, device)
     from_first(run.begin)
+    run.watch_signals()
     try:
         first_stage, first_step = start
         for stage in range(1, first_stage):

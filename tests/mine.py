@@ -3,8 +3,8 @@
     python -m pytest --mine -k equation_3           the tests of one of them
     python -m pytest --mine                         all tests, with yours in the place of ours
 
-Each docstring says all that is needed: shapes in, shapes out, the equation. Ours stand in losses.py,
-lora.py and router.py; look there afterwards.
+Each docstring says all that is needed: shapes in, shapes out, the equation.
+Ours stand in losses.py, lora.py and router.py; look there afterwards.
 """
 
 import torch
@@ -16,7 +16,9 @@ from losses import cosine  # noqa: F401
 
 
 def contrastive_loss(s, p, margin):
-    """Eq. 3: L_contrastive = 1/B Σ_i [ Σ_{j in P_i} (1 - s_ij)² + Σ_{j in N_i} max(0, s_ij - m)² ]
+    """Eq. 3:
+
+    L_contrastive = 1/B Σ_i [ Σ_{j in P_i} (1 - s_ij)² + Σ_{j in N_i} max(0, s_ij - m)² ].
 
     P_i holds the experts with p_ij = 1, N_i the others; m is the margin.
     s (B, E) cosine similarities, p (B, E) of zeros and ones -> a scalar.
@@ -41,8 +43,9 @@ class LoRALinear:
     def forward(self, x, scales=None):
         """y = W x + bias + B (scales ⊙ (A x)).
 
-        x (B, T, k), scales (B, 1, E·rank): w_i · alpha/rank, once for each of expert i's rank rows.
-        -> y (B, T, d). Without scales it is a plain linear layer.
+        x (B, T, k), scales (B, 1, E·rank) -> y (B, T, d).
+        scales holds w_i · alpha/rank, once for each of expert i's rank rows of A.
+        Without scales it is a plain linear layer.
         Weights are cast to x's type where they are used: x may be bf16 beside fp32 experts.
         """
         raise NotImplementedError
