@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fails_in_one_line, program, train_arguments
+from conftest import fails_in_one_line, make_model, program, train_arguments
 
-from data import TRAITS, load_records, split
+from data import load_records, split
 from experiments import evaluate
-from experiments.probe import softmax_regression
+from experiments.common import SHORT, break_ties
+from experiments.probe import classify
 from experiments.statistics import bootstrap, shown_difference
 from personafuse import load_run
+from plumbing.models import model_sha256
 from router import average_precision, keep_top, random_weights
 
 CPU = torch.device("cpu")
@@ -52,17 +54,21 @@ def test_random_route_and_top_k():
 
 
 def test_comparison_of_runs(run, baseline, small_data, monkeypatch, capsys):
-    table = evaluated(monkeypatch, capsys, "--run", run, "--run", baseline)
-    rows = {r["name"]: r for r in table["rows"]}
+    tables = evaluated(monkeypatch, capsys, "--run", run, "--run", baseline)
+    (title, table), (_, auc) = tables.items()
+    rows = {r["name"]: r for r in table}
     name = run.name
     mixed = {f"{name}, {route}" for route in ("random1", "random2", "random5", "uniform", "oracle")}
-    assert {"bare base", name, "direct"} | mixed <= set(rows)
+    assert {"bare base", "Persona-CoT prompting", name, "direct"} | mixed <= set(rows)
     for r in rows.values():
-        assert r["loss"][1] <= r["loss"][0] <= r["loss"][2] and 0 <= r["prefers"][0] <= 100
-    assert rows[f"{name}, oracle"]["map"] == [1, 1, 1] and set(rows[name]["auc_by_pole"]) == set(TRAITS)
-    assert "map" not in rows["direct"] and "difference" not in rows[name]
+        value, low, high = r["loss per token"]
+        assert low <= value <= high and 0 <= r["% prefers Persona-CoT"][0] <= 100
+    assert rows[f"{name}, oracle"]["router mAP"] == [1, 1, 1]
+    assert [row["name"] for row in auc] == [name, f"{name}, oracle"] and set(auc[0]) == {"name", *SHORT}
+    assert "router mAP" not in rows["direct"] and "difference" not in rows[name]
     bare = rows["bare base"]
-    assert bare["difference"][0] == pytest.approx(bare["loss"][0] - rows[name]["loss"][0], abs=2e-4)
+    difference = bare["loss per token"][0] - rows[name]["loss per token"][0]
+    assert bare["difference"][0] == pytest.approx(difference, abs=2e-4)
 
     model, settings = load_run(run, CPU, torch.float32)             # the row of the run, record by record
     _, held = split(load_records(small_data))
@@ -72,43 +78,75 @@ def test_comparison_of_runs(run, baseline, small_data, monkeypatch, capsys):
         if len(prompt) >= settings["max_length"]:
             continue
         ids = (prompt + model.tokenizer.encode_answer(r["response"]))[:settings["max_length"]]
-        w = model.route([model.encoder_tokenizer.encode_query(r["query"])])
+        w = model.route(model.encode_queries([r["query"]]))
         precision.append(average_precision(w.numpy(), np.array([r["p"]]))[0])
         logits = model.base.logits(model.base(torch.tensor([ids]), w)[0, len(prompt) - 1:-1])
         total, count = total + F.cross_entropy(logits, torch.tensor(ids[len(prompt):]), reduction="sum").item(), \
             count + len(ids) - len(prompt)
-    assert table["records"] == len(precision)
-    assert rows[name]["loss"][0] == pytest.approx(total / count, abs=1e-4)
-    assert rows[name]["map"][0] == pytest.approx(np.mean(precision), abs=1e-4)
+    assert title == f"{len(precision)} held-out records"
+    assert rows[name]["loss per token"][0] == pytest.approx(total / count, abs=1e-4)
+    assert rows[name]["router mAP"][0] == pytest.approx(np.mean(precision), abs=1e-4)
+
+
+def test_forgetting_by_hand(run, tmp_path, monkeypatch, capsys):
+    """The line's loss at the router's weights for it, its first token given, and the bare base's."""
+    text = "The tide comes in twice a day."
+    (tmp_path / "text.txt").write_text(text + "\n", encoding="utf-8")
+    tables = evaluated(monkeypatch, capsys, "--run", run, "--forgetting", "--text", tmp_path / "text.txt", "--limit", "4")
+    rows = {(row["texts"], row["name"]): row for row in tables["forgetting"]}
+    assert {kind for kind, _ in rows} == {"response", "naive_response", str(tmp_path / "text.txt")}
+    model, _ = load_run(run, CPU, torch.float32)
+    ids = model.tokenizer.encode(text)
+    w = model.route(model.encode_queries([text]))
+    losses = []
+    for mixing, name in ((None, "bare base"), (w, run.name)):
+        logits = model.base.logits(model.base(torch.tensor([ids]), mixing))[0, :-1]
+        losses.append(F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item())
+        row = rows[str(tmp_path / "text.txt"), name]
+        assert row["loss per token"][0] == pytest.approx(losses[-1] / (len(ids) - 1), abs=1e-4)
+        assert row["bits a byte"] == pytest.approx(losses[-1] / np.log(2) / len(text), abs=1e-3)
+    assert row["difference"][0] == pytest.approx((losses[1] - losses[0]) / (len(ids) - 1), abs=1e-4)
 
 
 def test_runs_of_different_bases_are_refused(run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    (other / "personafuse.json").write_text((run / "personafuse.json").read_text().replace('"base": "', '"base": "/other'))
+    settings = json.loads((run / "personafuse.json").read_text(encoding="utf-8"))
+    elsewhere = make_model(tmp_path / "base", seed=1)
+    settings |= {"base": str(elsewhere), "base_folder": str(elsewhere), "base_sha256": model_sha256(elsewhere)}
+    (other / "personafuse.json").write_text(json.dumps(settings), encoding="utf-8")
     assert fails_in_one_line(program("experiments.evaluate", "--run", run, "--run", other), other, "was made for the base")
 
 
-@pytest.mark.parametrize("option", ["control", "steering", "expression", "routing", "questionnaire"])
+@pytest.mark.parametrize("option", ["control", "steering", "routing", "questionnaire", "expression", "forgetting", "comparison"])
 def test_each_experiment_has_its_option(option, run, monkeypatch):
     asked = []
-    for name in ("compare", "control", "steering", "expression", "routing", "questionnaire"):
-        monkeypatch.setattr(evaluate, name, lambda args, device, dtype, name=name: asked.append((name, args.run, dtype)))
-    assert program("experiments.evaluate", "--run", run, f"--{option}", "--dtype", "fp32").returncode == 0
-    assert asked == [(option, [str(run)], "fp32")]
-    assert program("experiments.evaluate", "--run", run, "--dtype", "fp32").returncode == 0
-    assert asked[1][0] == "compare"
+    for table in (evaluate.OF_EACH_RUN, evaluate.OF_ALL_RUNS):
+        for name in table:
+            made = lambda *given, name=name: asked.append((name, given[-1].run)) or {"made": [{"name": name}]}   # noqa: E731
+            monkeypatch.setitem(table, name, (made, "what it means"))
+    arguments = [] if option == "comparison" else [f"--{option}"]
+    result = program("experiments.evaluate", "--run", run, *arguments, "--dtype", "fp32")
+    assert result.returncode == 0, result.stderr
+    assert asked == [(option, [str(run)])] and "what it means" in result.stdout
+
+
+def test_equal_weights_stand_in_random_order():
+    w = np.tile([0.5, 0.0, 0.5, 0.1], (4000, 1))
+    scores = break_ties(w)
+    assert (scores[:, 1] == 0).all() and (scores[:, 3] == 1).all()
+    assert 0.45 < (scores[:, 0] > scores[:, 2]).mean() < 0.55
 
 
 # ---------------------------------------------------------------------------------------------------------- the probe
 
-def test_softmax_regression_against_its_optimum():
+def test_the_classifier_against_its_optimum():
     generator = torch.Generator().manual_seed(0)
     centres = torch.tensor([[3.0, 0, 0], [0, 3, 0], [0, 0, 3]])
     y = torch.arange(300) % 3
     h = centres[y] + torch.randn(300, 3, generator=generator)
     nearest = torch.cdist(h[200:], centres).argmin(dim=1)                       # what no classifier can much improve on
-    assert (softmax_regression(h[:200], y[:200], h[200:]) == nearest).float().mean() > 0.93
+    assert (classify(h[:200], y[:200], h[200:]) == nearest).float().mean() > 0.93
 
 
 def test_probe_reads_clinc150_and_csv(run, tmp_path, monkeypatch, capsys):
@@ -116,15 +154,16 @@ def test_probe_reads_clinc150_and_csv(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "texts.csv").write_text("text,label\n" + "".join(
         f'"{t}, friend {n}",{k}\n' for k, ts in texts.items() for t in ts for n in range(30)))
     found = evaluated(monkeypatch, capsys, "--run", run, "--probe", tmp_path / "texts.csv")
-    assert found["classes"] == 2 and found["train"] + found["test"] == 120 and 0 < found["test"] < 30
-    (untrained, before), (trained, after), (_, gain) = found["accuracy"].items()
-    assert "untrained" in untrained and trained == run.name and before[0] > 60
-    assert gain[0] == pytest.approx(after[0] - before[0], abs=1e-3)
+    (row,), (sizes,) = found["probe"], found["texts"]
+    assert sizes["classes"] == 2 and sizes["training"] + sizes["test"] == 120 and 0 < sizes["test"] < 30
+    assert row["name"] == run.name and row["untrained"][0] > 60
+    assert row["difference"][0] == pytest.approx(row["trained"][0] - row["untrained"][0], abs=1e-3)
     pairs = [[t, k] for k, ts in texts.items() for t in ts]
     (tmp_path / "data_full.json").write_text(json.dumps({"train": pairs, "test": pairs, "val": [], "oos_val": [],
                                                          "oos_train": [["what", "oos"]], "oos_test": [["what", "oos"]]}))
     (tmp_path / "domains.json").write_text(json.dumps({"small_talk": ["greeting", "goodbye"]}))
     found = evaluated(monkeypatch, capsys, "--run", run, "--probe", tmp_path / "data_full.json")
-    assert found["classes"] == 2 and found["train"] == found["test"] == 5      # one domain, and out-of-scope
+    (sizes,) = found["texts"]
+    assert sizes["classes"] == 2 and sizes["training"] == sizes["test"] == 5      # one domain, and out-of-scope
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     assert fails_in_one_line(program("experiments.evaluate", "--run", run, "--probe", tmp_path / "bad.csv"), "text and label")
