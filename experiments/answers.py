@@ -1,16 +1,30 @@
 """What a model answers to many questions: each in the chat format, with its own mix of experts,
 generated many at a time.
+
+    python -m experiments.answers --run out/tiny queries.txt
+    python -m experiments.answers --run out/tiny --traits "low agreeableness" > blunt.jsonl
+
+A line of JSON for each query: query, weights, response. Queries are read from FILE, one a line in
+a .txt, else from JSON lines with a "query"; without FILE they are the run's held-out ones.
+Temperature, top-p and repetition penalty are the run's own unless they are named.
 """
+
+import argparse
+import json
 
 from tqdm import tqdm
 
-from data import PERSONA_COT, parse_answer
+from data import TRAITS
 from experiments.batched import generate_batch
+from experiments.common import run_records
+from experiments.generate import read_queries
+from experiments.persona_cot import PERSONA_COT, parse_answer
+from personafuse import load_run, pick_device
+from plumbing.files import number, run_program
+from router import ROUTES
 
 # the steps of Persona-CoT come before the response, and need room of their own
-COT_TOKENS = 512
-
-
+COT_TOKENS = 300
 def cot_prompt(text):
     """Persona-CoT (Table 9 of the paper) around a query."""
     return PERSONA_COT.replace("{query}", text)
@@ -24,72 +38,91 @@ def cot_response(answer):
         return answer
 
 
-def route_weights(model, queries, args):
-    """w (n, E) as --route, --top-k and --seed say, or None for the bare base."""
-    # with cot it is the bare base that is prompted
-    route = "none" if args.route == "cot" else args.route
-    return model.mixing_weights(queries, route, args.top_k, args.seed)
+def write_answers(model, texts, w, max_new_tokens, cot=False, **sampling):
+    """Texts and w (n, E), or None for the bare base -> an answer to each.
 
-
-def ask_model(model, texts, args, max_new_tokens, queries=None, until=(), raw=False):
-    """Texts -> greedy answers, the experts mixed for `queries` (default: the texts).
-
-    With --route cot the bare base answers through the Persona-CoT prompt, and its response counts.
-    An answer ends before the first of the strings `until`. `raw` texts have no chat format.
+    `cot` asks through the Persona-CoT prompt, and takes the response. sampling: temperature, top_p,
+    repetition_penalty and seed of generate_batch; without them the answers are greedy.
     """
-    w = route_weights(model, queries or texts, args)
-    with_cot = args.route == "cot"
-    if with_cot:
+    if cot:
         texts = [cot_prompt(text) for text in texts]
-    if raw:
-        prompts = [model.tokenizer.prefix + model.tokenizer.encode(text) for text in texts]
-    else:
-        prompts = [model.tokenizer.encode_prompt(text) for text in texts]
-
+        max_new_tokens += COT_TOKENS
+    tokenizer = model.tokenizer
+    # a prompt that fills the context is cut on the left: a quarter is left to answer in
     context = model.base.config.max_position_embeddings
-    if with_cot:
-        room = context - max(len(prompt) for prompt in prompts)
-        max_new_tokens = max(max_new_tokens, min(max_new_tokens + COT_TOKENS, room))
-    max_new_tokens = min(max_new_tokens, context // 2)
-    answers = respond(model, prompts, w, max_new_tokens, until)
-    if with_cot:
-        answers = [cot_response(answer) for answer in answers]
-    if raw:
-        return answers
-    return [answer.strip() for answer in answers]
-
-
-def respond(model, prompts, w, max_new_tokens, until=(), temperature=0.0, top_p=1.0, seed=0):
-    """Prompts (token ids, cut on the left to fit), w (n, E) or None -> answers, each ended before
-    the first of the strings `until`.
-    """
-    room = model.base.config.max_position_embeddings - max_new_tokens
+    room = context - min(max_new_tokens, context // 4)
+    prompts = [tokenizer.encode_prompt(text)[-room:] for text in texts]
     # like lengths run side by side: the cache is read as far as the longest
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    prompts = [prompts[i][-room:] for i in order]
-    if w is not None:
-        w = w[order]
-    answers = [[] for _ in prompts]
-    finished = set()
-    tokens = generate_batch(
-        model.base, prompts, max_new_tokens, model.tokenizer.stop, w,
-        temperature=temperature, top_p=top_p, seed=seed, finished=finished,
-    )
-    with tqdm(total=len(prompts), desc="answers", leave=False) as progress:
-        for k, token in tokens:
-            ids = answers[order[k]]
-            if token is None:
-                progress.update()
-                continue
-            ids.append(token)
-            # a string may be spread over several tokens: look at the last few together
-            end = model.tokenizer.decode(ids[-24:]) if until else ""
-            if any(stop in end for stop in until):
-                finished.add(k)
-    return [cut_before(model.tokenizer.decode(ids), until) for ids in answers]
+    in_order = [prompts[i] for i in order]
+    w = None if w is None else w[order]
+    written = generate_batch(model.base, in_order, max_new_tokens, tokenizer.stop, w, **sampling)
+    answers = [""] * len(texts)
+    for k, ids in tqdm(written, "answers", len(texts), leave=False):
+        answer = tokenizer.decode(ids)
+        answers[order[k]] = (cot_response(answer) if cot else answer).strip()
+    return answers
 
 
-def cut_before(text, until):
-    """The text before the first of the strings `until`."""
-    ends = [text.index(stop) for stop in until if stop in text]
-    return text[:min(ends, default=len(text))]
+def ask_model(model, texts, args, max_new_tokens, queries=None):
+    """Texts -> greedy answers, the experts mixed by --route for `queries` (default: the texts)."""
+    # with cot it is the bare base that is prompted
+    cot = args.route == "cot"
+    route = "none" if cot else args.route
+    w = model.mixing_weights(queries or texts, route, args.top_k, args.seed)
+    return write_answers(model, texts, w, max_new_tokens, cot)
+
+
+# ----------------------------------------------------------------------------------------- options
+
+def add_sampling(parser):
+    """Options that say how answers are drawn; what is not given is the run's own."""
+    add = parser.add_argument
+    add("--temperature", type=number(float, 0), help="0 takes the likeliest token")
+    add("--top-p", type=number(float, 0, above=True, high=1))
+    add("--repetition-penalty", type=number(float, 0, above=True))
+    add("--seed", type=int, default=0)
+
+
+def sampling(settings, args):
+    """The options of generate_batch: as given, as the run was made for, or as sample.py has it."""
+    options = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.0}
+    for name, default in options.items():
+        given = getattr(args, name)
+        options[name] = settings.get(name, default) if given is None else given
+    return options | {"seed": args.seed}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("file", nargs="?", metavar="FILE", help="queries (default: the run's held-out ones)")
+    add("--run", required=True, metavar="DIR")
+    add("--route", default="learned", choices=ROUTES)
+    add("--traits", metavar="WEIGHTS", help='by hand: "high agreeableness=0.7, ..."')
+    add("--max-new-tokens", type=number(int, 1), default=200)
+    add("--device", default="auto")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    add_sampling(parser)
+    args = parser.parse_args()
+    queries = read_queries(args.file) if args.file else None
+    model, settings = load_run(args.run, pick_device(args.device), args.dtype)
+    if queries is None:
+        queries = [record["query"] for record in run_records(settings)[1]]
+
+    # in parts: what is written stays, and a long file shows that it goes on
+    for start in range(0, len(queries), 128):
+        part = queries[start:start + 128]
+        w = model.mixing_weights(part, args.traits or args.route, seed=args.seed)
+        answers = write_answers(model, part, w, args.max_new_tokens, **sampling(settings, args))
+        for i, (query, answer) in enumerate(zip(part, answers)):
+            weights = None
+            if w is not None and w.shape[1] == len(TRAITS):
+                weights = {trait: round(x, 6) for trait, x in zip(TRAITS, w[i].tolist())}
+            line = {"query": query, "weights": weights, "response": answer}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    run_program(main)

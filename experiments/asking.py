@@ -19,7 +19,10 @@ import urllib.request
 from typing import NamedTuple
 
 from plumbing.chat import ChatTokenizer
-from plumbing import UserError, find_model
+from experiments.batched import generate_batch
+from personafuse import load_llama, pick_device
+from plumbing.files import UserError
+from plumbing.models import find_model
 
 
 class Answer(NamedTuple):
@@ -38,7 +41,10 @@ def ask(url, model, prompt, max_tokens=1024, temperature=0.0, seed=0,
     ConnectionError: nobody is there, or all tries failed. ValueError: longer than the context.
     UserError: refused for another reason.
     """
-    url = chat_endpoint(url)
+    # an address with http:// and /v1, or without
+    if "://" not in url:
+        url = f"http://{url}"
+    url = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -53,7 +59,9 @@ def ask(url, model, prompt, max_tokens=1024, temperature=0.0, seed=0,
         try:
             status, text = post_json(url, body, timeout)
             if status < 300:
-                return read_reply(text)
+                choice = json.loads(text)["choices"][0]
+                content = choice["message"]["content"] or ""
+                return Answer(content, choice.get("finish_reason") == "length")
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             # urllib wraps what the network says as the reason of an error of its own
             problem = getattr(error, "reason", error)
@@ -64,13 +72,6 @@ def ask(url, model, prompt, max_tokens=1024, temperature=0.0, seed=0,
         if status < 500 and status not in (408, 429):
             refuse(url, problem)
     raise ConnectionError(f"{url}: {problem}")
-
-
-def chat_endpoint(url):
-    """The endpoint of a server, whether its address is given with http:// and /v1 or without."""
-    if "://" not in url:
-        url = f"http://{url}"
-    return url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
 
 
 def post_json(url, body, timeout):
@@ -88,13 +89,6 @@ def post_json(url, body, timeout):
         return reply.status, reply.read().decode(errors="replace")
 
 
-def read_reply(text):
-    """The JSON of a chat endpoint -> Answer. ValueError, LookupError or TypeError: it is none."""
-    choice = json.loads(text)["choices"][0]
-    content = choice["message"]["content"]
-    return Answer(content or "", choice.get("finish_reason") == "length")
-
-
 def refuse(url, problem):
     # "context" as vLLM, llama.cpp and OpenAI put it, `inputs` as TGI does
     if re.search(r"context|`inputs`", problem):
@@ -102,8 +96,8 @@ def refuse(url, problem):
     raise UserError(f"{url} refuses: {problem}")
 
 
-def server_answers(args, prompts):
-    """Answers of the server at args.server, which gets args.workers requests at a time."""
+def server_answers(url, model, prompts, max_tokens=1024, workers=8, temperature=0.0, seed=0):
+    """Answers of a server, which gets that many requests at a time."""
     waiting = queue.SimpleQueue()
     answered = queue.SimpleQueue()
     for job in enumerate(prompts):
@@ -112,13 +106,12 @@ def server_answers(args, prompts):
     def work():
         for i, prompt in iter(waiting.get, None):
             try:
-                answer = ask(args.server, args.model, prompt,
-                             args.max_new_tokens, args.temperature, args.seed)
+                answer = ask(url, model, prompt, max_tokens, temperature, seed)
             except Exception as error:
                 answer = error      # whoever reads the answers decides what it means
             answered.put((i, answer))
 
-    for _ in range(args.workers):
+    for _ in range(workers):
         waiting.put(None)           # tells one of the workers that nothing is left to ask
         # daemons, so that Ctrl-C does not wait for the answers under way
         threading.Thread(target=work, daemon=True).start()
@@ -128,49 +121,32 @@ def server_answers(args, prompts):
 
 # ---------------------------------------------------------------------------------- a model of ours
 
-def model_answers(args, prompts):
-    """Answers of the model args.model, which decodes args.workers sequences together."""
-    folder = find_model(args.model, "--model")
-    # here, so that nobody waits for torch who asks a server, or for a model that is not there
-    from personafuse import check_vocabulary, load_llama, pick_device
-
-    device = pick_device(args.device, args.model)
-    llama = load_llama(folder, device, args.dtype)
+def model_answers(name, prompts, max_tokens, rows):
+    """Greedy answers of a model of ours, by name, which decodes `rows` sequences together."""
+    folder = find_model(name, "--model")
+    llama = load_llama(folder, pick_device(base=name), "auto")
     tokenizer = ChatTokenizer(folder)
-    check_vocabulary(tokenizer, llama, folder)
+    tokenizer.check_against(llama.embed_tokens.weight)
     # in parts: the token ids of all 100,000 prompts would take gigabytes
     for start in range(0, len(prompts), 1024):
-        part = prompts[start:start + 1024]
-        for i, answer in decode_answers(llama, tokenizer, part, args):
-            yield start + i, answer
+        encoded = {}
+        for i, prompt in enumerate(prompts[start:start + 1024], start):
+            encoded[i] = tokenizer.encode_prompt(prompt)
+        yield from decode_answers(llama, tokenizer, encoded, max_tokens, rows)
 
 
-def decode_answers(llama, tokenizer, prompts, args):
-    """Prompts (strings) -> (i, answer to prompts[i]), as they end."""
-    from experiments.batched import generate_batch
-
+def decode_answers(llama, tokenizer, prompts, max_tokens, rows):
+    """{i: prompt as token ids} -> (i, answer to it), as they end."""
     context = llama.config.max_position_embeddings
-    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    fitting = []
-    for i, ids in enumerate(encoded):
-        if len(ids) < context:
-            fitting.append(i)
-        else:
-            yield i, ValueError("longer than the context")
+    fitting = [i for i, ids in prompts.items() if len(ids) < context]
+    for i in prompts.keys() - set(fitting):
+        yield i, ValueError("longer than the context")
     if not fitting:
         return
-
-    tokens = generate_batch(llama, [encoded[i] for i in fitting], args.max_new_tokens,
-                            tokenizer.stop, rows=args.workers, temperature=args.temperature,
-                            seed=args.seed)
-    written = {i: [] for i in fitting}
-    for k, token in tokens:
+    answers = generate_batch(llama, [prompts[i] for i in fitting], max_tokens, tokenizer.stop,
+                             rows=rows)
+    for k, ids in answers:
         i = fitting[k]
-        if token is not None:
-            written[i].append(token)
-            continue
-        ids = written.pop(i)
         # the last token is written but not read, so a full context has one more
-        full = len(encoded[i]) + len(ids) > context
-        cut = full or len(ids) == args.max_new_tokens
-        yield i, Answer(tokenizer.decode(ids), cut)
+        full = len(prompts[i]) + len(ids) > context
+        yield i, Answer(tokenizer.decode(ids), full or len(ids) == max_tokens)

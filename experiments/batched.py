@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from personafuse import Cache, sample_token
+from personafuse import Cache, penalize_repetition, sample_token
 
 
 class BatchedCache:
@@ -30,30 +30,27 @@ class BatchedCache:
         """Let the one sequence of a Cache go on in the next free row."""
         row = len(self.lengths)
         length = cache.length
-        for ours, theirs in ((self.k, cache.k), (self.v, cache.v)):
-            ours[:, row, :, :length] = theirs[:, 0, :, :length]
+        self.k[:, row, :, :length] = cache.k[:, 0, :, :length]
+        self.v[:, row, :, :length] = cache.v[:, 0, :, :length]
         self.lengths.append(length)
 
     def remove(self, row):
         """A sequence has ended: the one in the last active row moves into its place."""
-        length = self.lengths.pop()
-        last = len(self.lengths)
-        if row == last:
-            return
-        self.lengths[row] = length
-        for stored in (self.k, self.v):
-            stored[:, row, :, :length] = stored[:, last, :, :length]
+        last = len(self.lengths) - 1
+        if row < last:
+            self.k[:, row] = self.k[:, last]
+            self.v[:, row] = self.v[:, last]
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
 
     def begin_step(self):
         """Before a further token of every active row is read -> positions (n, 1) and mask
-        (n, 1, 1, length of the longest row), or None where all rows are of one length.
+        (n, 1, 1, length of the longest row).
         """
         device = self.k.device
         self.end = max(self.lengths) + 1
         self.positions = torch.tensor(self.lengths, device=device)[:, None]     # (n, 1)
         self.rows = torch.arange(len(self.lengths), device=device)[:, None]     # (n, 1)
-        if min(self.lengths) == max(self.lengths):
-            return self.positions, None
         # each row sees its own tokens only, not what an earlier sequence left behind
         mask = torch.arange(self.end, device=device) <= self.positions          # (n, end)
         return self.positions, mask[:, None, None]
@@ -75,24 +72,22 @@ class BatchedCache:
 class Sequence:
     """A prompt on its way through the model."""
     index: int          # which of the prompts it is
-    left: int           # how many tokens it may still add
-    token: int = -1     # the last one: drawn, but not read yet
+    ids: list           # the prompt and what came after it; the last one is drawn, but not read
+    end: int            # how long it may become
 
 
 @torch.inference_mode()
 def generate_batch(llama, prompts, max_new_tokens, stop, w=None, temperature=0.0, top_p=1.0,
-                   seed=0, rows=16, finished=()):
-    """Yield (i, token) as prompts[i] is continued, and (i, None) when it has ended: at a `stop`
+                   seed=0, repetition_penalty=1.0, rows=32):
+    """Yield (i, the ids that continue prompts[i]), in the order in which they end: at a `stop`
     token, after max_new_tokens, or at the end of the model's context.
 
     prompts: lists of token ids; w (len(prompts), E), or None for the bare base. `rows` sequences
-    run at a time. Whoever reads the tokens may end prompts[i] early by putting i into the set
-    `finished`.
+    run at a time.
     """
     context = llama.config.max_position_embeddings
     longest = max(len(prompt) for prompt in prompts)
-    rows = min(rows, len(prompts))
-    cache = BatchedCache(llama, rows, min(context, longest + max_new_tokens))
+    cache = BatchedCache(llama, min(rows, len(prompts)), min(context, longest + max_new_tokens))
     generator = torch.Generator(llama.device).manual_seed(seed)
     waiting = deque(range(len(prompts)))
     active = []                                 # the Sequence in each active row of the cache
@@ -102,30 +97,30 @@ def generate_batch(llama, prompts, max_new_tokens, stop, w=None, temperature=0.0
             # a free row: read the next prompt into it, alone, so that nothing is padded
             i = waiting.popleft()
             # the last token is never read, so it needs no place in the context
-            left = min(max_new_tokens, context - len(prompts[i]) + 1)
-            active.append(Sequence(i, left))
+            end = min(len(prompts[i]) + max_new_tokens, context + 1)
+            active.append(Sequence(i, list(prompts[i]), end))
             first = len(active) - 1
             hidden = read_prompt(llama, prompts[i], None if w is None else w[[i]], cache)
         else:
             # one more token for every active row
             first = 0
             mixing = None if w is None else w[[sequence.index for sequence in active]]
-            tokens = torch.tensor([[sequence.token] for sequence in active], device=llama.device)
-            positions, mask = cache.begin_step()
-            hidden = llama(tokens, mixing, cache, positions, mask)              # (n, 1, d)
+            tokens = torch.tensor([sequence.ids[-1:] for sequence in active], device=llama.device)
+            hidden = llama(tokens, mixing, cache, *cache.begin_step())          # (n, 1, d)
         logits = llama.logits(hidden[:, -1])                                    # (n, V)
+        if repetition_penalty != 1:
+            for row, sequence in zip(logits, active[first:]):
+                penalize_repetition(row, sequence.ids, repetition_penalty)
         new = sample_token(logits, temperature, top_p, generator).tolist()
 
         # from the last to the first, as only rows that were looked at move into a hole
         for row in reversed(range(first, len(active))):
             sequence = active[row]
-            sequence.token = new[row - first]
-            sequence.left -= 1
-            stopped = sequence.token in stop
-            if not stopped:
-                yield sequence.index, sequence.token
-            if stopped or sequence.left == 0 or sequence.index in finished:
-                yield sequence.index, None
+            token = new[row - first]
+            if token not in stop:
+                sequence.ids.append(token)
+            if token in stop or len(sequence.ids) == sequence.end:
+                yield sequence.index, sequence.ids[len(prompts[sequence.index]):]
                 cache.remove(row)
                 active[row] = active[-1]
                 active.pop()

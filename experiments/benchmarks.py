@@ -1,264 +1,328 @@
-"""The paper's benchmarks: those of lm-eval, EleutherAI's evaluation harness, and those of a judge,
-in one table with a row for each score and a column for each run.
+"""Four of the paper's benchmarks, and what a judge thinks, in one table: a row for each score, a
+column for each run.
+
+A benchmark's own files are read from --data DIR, or from DIR/NAME. Prompts are worded by us, in the
+authors' form; answers are read and scored by their rules, unusable ones included.
 """
 
 import json
-import logging
-import sys
-from argparse import Namespace
-from contextlib import redirect_stdout
+import math
+import random
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data import load_records, split
 from experiments.answers import ask_model
-from experiments.judges import JUDGED, judge, questions, win_rate
+from experiments.judges import pairwise
+from experiments.sources import read_file
 from experiments.statistics import Scores, print_table, shown
-from experiments.tasks.utils import SOURCES, TRIES, vote_by_question
 from personafuse import load_run
-from plumbing import UserError, find_model
+from plumbing.files import UserError, read_json
+
+LETTERS = "ABCDEFGHIJ"
+# each question of ToMBench is put five times, its options in another order, and the majority counts
+TRIES = 5
+EQ_BENCH_FILE = "eq_bench_v2_questions_171.json"
+
+
+class Question(NamedTuple):
+    prompts: list           # the ways in which it is asked
+    right: object           # what the benchmark's scoring needs to know
+    chance: float           # what guessing scores, from 0 to 1
+    groups: list            # rows of the table that it counts for too: "part: EA"
+    query: str = ""         # what the router reads, if not the prompt
 
 
 class Benchmark(NamedTuple):
-    tasks: list             # the harness's names
-    metric: str             # what it calls the score
-    scale: float            # makes that 0 to 100
-    chance: float | None    # what guessing scores, from 0 to 1; None: as the records say
+    read: object            # folder of the files -> Questions
+    score: object           # a Question and its answers -> points from 0 to 1, or None: unusable
+    max_new_tokens: int
+    source: str             # where the files come from
+    files: list             # those without which there is nothing to ask
 
 
-TASKS = {
-    "emobench": Benchmark(["emobench_ea", "emobench_eu"], "acc", 100, None),
-    # its scale is made so that random answers score 0
-    "eq_bench": Benchmark(["eq_bench"], "eqbench", 1, 0),
-    "tombench": Benchmark(["tombench"], "acc", 100, None),
-    "gpqa": Benchmark(["gpqa_main_zeroshot", "gpqa_diamond_zeroshot", "gpqa_extended_zeroshot"],
-                      "acc", 100, 0.25),
-    "gsm8k": Benchmark(["gsm8k"], "exact_match", 100, 0),
-    "safetybench": Benchmark(["safetybench"], "acc", 100, None),
+# -------------------------------------------------------------------------------------------- files
+
+def read_questions(name, folder):
+    """All questions of a benchmark, in an order that lets --limit take some of each group."""
+    benchmark = BENCHMARKS[name]
+    if folder is None:
+        raise UserError(f"{name} is read from files: get them from {benchmark.source}, then give "
+                        "their folder with --data DIR")
+    folder = Path(folder)
+    if (folder / name).is_dir():
+        folder = folder / name
+    for file in benchmark.files:
+        if not (folder / file).exists():
+            raise UserError(f"there is no {folder / file}; it comes from {benchmark.source}")
+    try:
+        questions = benchmark.read(folder)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"{folder}: a record is not in the own format of {name}: "
+                        f"{type(error).__name__} {error}")
+    random.Random(0).shuffle(questions)
+    return questions
+
+
+def lettered(choices):
+    """Choices -> lines "A) ...", "B) ..."."""
+    return "\n".join(f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices))
+
+
+# ---------------------------------------------------------------------------------------- EmoBench
+
+def read_emobench(folder):
+    """EA, emotional application: what would be most effective? EU, understanding: what does
+    somebody feel, and why?
+    """
+    questions = []
+    for part in ("EA", "EU"):
+        for row in read_file(folder / f"{part}.jsonl"):
+            if row["language"] == "en":
+                questions.append(application(row) if part == "EA" else understanding(row))
+    return questions
+
+
+def application(row):
+    choices = row["choices"]
+    text = (f"{row['scenario']}\n\n"
+            f"Which {row['question type'].lower()} would be most effective for {row['subject']} "
+            f"here?\n{lettered(choices)}\n\n"
+            "Give one answer and nothing else, by its letter, as JSON: "
+            '{"answer": "<letter>"}')
+    right = {"answer": LETTERS[choices.index(row["label"])]}
+    return Question([text], right, 1 / len(choices), ["part: EA", f"EA: {row['category']}"])
+
+
+def understanding(row):
+    emotions = row["emotion_choices"]
+    causes = row["cause_choices"]
+    text = (f"{row['scenario']}\n\n"
+            f"Question 1: what does {row['subject']} feel in the end?\n{lettered(emotions)}\n\n"
+            f"Question 2: why does {row['subject']} feel so?\n{lettered(causes)}\n\n"
+            "Give one answer to each and nothing else, by its letter, as JSON: "
+            '{"answer_q1": "<letter>", "answer_q2": "<letter>"}')
+    right = {"answer_q1": LETTERS[emotions.index(row["emotion_label"])],
+             "answer_q2": LETTERS[causes.index(row["cause_label"])]}
+    groups = ["part: EU", f"EU: {row['coarse_category']}"]
+    return Question([text], right, 1 / len(emotions) / len(causes), groups)
+
+
+def score_emobench(question, answers):
+    """Right where every letter in the JSON is (EU has two); what is no JSON object is unusable."""
+    block = re.search(r"```json\s*(.*?)```", answers[0], re.S)
+    try:
+        said = json.loads(block[1] if block else answers[0])
+        letters = {key: said[key] for key in question.right}
+    except (ValueError, KeyError, TypeError):
+        return None
+    if not all(isinstance(letter, str) for letter in letters.values()):
+        return None
+    return float(letters == question.right)
+
+
+# ---------------------------------------------------------------------------------------- ToMBench
+
+def read_tombench(folder):
+    """The English side of every .jsonl file of the folder, a file a task."""
+    questions = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, row in enumerate(read_file(path)):
+            if "能力\nABILITY" in row:
+                questions.append(tombench_question(f"{path.stem} {number}", path.stem, row))
+    return questions
+
+
+def tombench_question(name, task, row):
+    options = {}
+    for letter in "ABCD":
+        if row.get(f"OPTION-{letter}"):
+            options[letter] = str(row[f"OPTION-{letter}"]).removeprefix(f"{letter}. ")
+    orders = []
+    prompts = []
+    for attempt in range(TRIES):
+        order = list(options)
+        random.Random(f"{name} {attempt}").shuffle(order)
+        orders.append(order)
+        prompts.append(f"{row['STORY']}\n\n{row['QUESTION']}\n"
+                       f"{lettered(options[letter] for letter in order)}\n\n"
+                       "Choose the likeliest answer, even where the story leaves it open, and "
+                       "write nothing but its letter in double square brackets, as in [[A]].")
+    ability = " ".join(row["能力\nABILITY"].replace("Non-literal", "Non-Literal").split())
+    right = (orders, row["答案\nANSWER"].strip()[0])
+    groups = [f"task: {task}", f"ability: {ability}"]
+    return Question(prompts, right, 1 / len(options), groups)
+
+
+def score_tombench(question, answers):
+    """The majority of the votes, the first in a tie. A vote is the bracketed letter, else the last
+    capital A to D; the question is unusable where no answer has one.
+    """
+    orders, right = question.right
+    votes = []
+    for order, text in zip(orders, answers):
+        said = re.findall(r"\[([A-D])\]", text)[:1] or re.findall("[A-D]", text)[-1:]
+        if said:
+            # the letter that the option had in the file; "" where there is no such option
+            votes.append(dict(zip("ABCD", order)).get(said[0], ""))
+    return float(max(votes, key=votes.count) == right) if votes else None
+
+
+# ------------------------------------------------------------------------------- EQ-Bench and GSM8K
+
+def read_eq_bench(folder):
+    questions = []
+    for row in read_json(folder / EQ_BENCH_FILE, "").values():
+        reference = row["reference_answer_fullscale"]
+        right = {reference[f"emotion{k}"]: float(reference[f"emotion{k}_score"])
+                 for k in range(1, 5)}
+        # its scale is made so that random answers score 0
+        questions.append(Question([row["prompt"]], right, 0, []))
+    return questions
+
+
+def score_eq_bench(question, answers):
+    """Four emotions rated from 0 to 10: 1 less the distances to the reference, small ones less."""
+    said = dict(re.findall(r"(\w+):\s+(\d+)", answers[0]))
+    if said.keys() != question.right.keys():
+        return None
+    total = 0
+    for emotion, rating in said.items():
+        distance = abs(float(rating) - question.right[emotion])
+        if 0 < distance <= 5:
+            distance = 6.5 / (1 + math.exp(-1.2 * (distance - 4)))
+        total += distance
+    return 1 - 0.07477 * total
+
+
+def read_gsm8k(folder):
+    """Each problem of the test, behind five worked examples."""
+    examples = list(read_file(folder / "train.jsonl"))[:5]
+    shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in examples)
+    questions = []
+    for row in read_file(folder / "test.jsonl"):
+        prompt = f"{shots}Question: {row['question']}\nAnswer:"
+        right = row["answer"].rpartition("####")[2].strip()
+        questions.append(Question([prompt], right, 0, [], row["question"]))
+    return questions
+
+
+def score_gsm8k(question, answers):
+    """Right where the last number in the answer is."""
+    numbers = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", answers[0].partition("Question:")[0])
+    if not numbers:
+        return None
+    said, right = (re.sub(r"[,$]|\.$", "", text) for text in (numbers[-1], question.right))
+    return float(said == right)
+
+
+BENCHMARKS = {
+    "emobench": Benchmark(
+        read_emobench, score_emobench, 60,
+        "https://github.com/Sahandfer/EmoBench, folder data", ["EA.jsonl", "EU.jsonl"]),
+    "eq_bench": Benchmark(
+        read_eq_bench, score_eq_bench, 80,
+        "https://github.com/EQ-bench/EQ-Bench, folder data", [EQ_BENCH_FILE]),
+    "tombench": Benchmark(
+        read_tombench, score_tombench, 16,
+        "https://github.com/zhchen18/ToMBench, folder data", ["False Belief Task.jsonl"]),
+    "gsm8k": Benchmark(
+        read_gsm8k, score_gsm8k, 256,
+        "https://github.com/openai/grade-school-math, folder grade_school_math/data",
+        ["test.jsonl", "train.jsonl"]),
 }
-
-# the means that the paper shows: (benchmark, what the mean is over, how its rows begin)
-MEANS = [
-    ("emobench", "EA and EU", "emobench_"),
-    ("gpqa", "the three", "gpqa_"),
-    ("tombench", "tasks", "tombench: task:"),
-    ("tombench", "abilities", "tombench: ability:"),
-]
+TASKS = [*BENCHMARKS, "pairwise"]
 
 
-# ------------------------------------------------------------------------------- runs on benchmarks
+# ------------------------------------------------------------------------------------------- scores
+
+def ask_questions(model, questions, args, max_new_tokens):
+    """The answers to each question, one to each of its prompts."""
+    prompts = []
+    queries = []
+    for question in questions:
+        prompts += question.prompts
+        queries += [question.query or prompt for prompt in question.prompts]
+    answers = iter(ask_model(model, prompts, args, max_new_tokens, queries))
+    return [[next(answers) for _ in question.prompts] for question in questions]
+
+
+def score_questions(name, questions, answers):
+    """{row of the table: Scores}: of all questions, then of each group."""
+    benchmark = BENCHMARKS[name]
+    points = [benchmark.score(*pair) for pair in zip(questions, answers)]
+    members = {name: list(range(len(questions)))}
+    for i, question in enumerate(questions):
+        for group in question.groups:
+            members.setdefault(f"{name}: {group}", []).append(i)
+    return {row: scores_of([questions[i] for i in some], [points[i] for i in some])
+            for row, some in sorted(members.items())}
+
+
+def scores_of(questions, points):
+    """What cannot be used counts as wrong."""
+    found = np.array([100 * (point or 0) for point in points])
+    chance = 100 * np.mean([question.chance for question in questions])
+    return Scores(found, np.ones(len(found)), chance, points.count(None))
+
+
+# --------------------------------------------------------------------------------- runs in a table
 
 def run_benchmarks(args, device, dtype):
     """Every run of --run on every benchmark of --tasks."""
     names = args.tasks.split(",")
-    check_names(names, args)
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     # read all files before any model: what is missing is said at once
-    tasks = load_tasks([name for name in names if name in TASKS], args.data)
     asked = {}
     for name in names:
-        if JUDGED.get(name):
-            asked[name] = questions(name, args.data, args.limit)
-
-    columns = {}
+        if name == "pairwise":
+            if not (args.judge and args.judge_model):
+                raise UserError("pairwise needs a judge: --judge URL of an OpenAI-compatible "
+                                "endpoint, and --judge-model NAME")
+        else:
+            asked[name] = read_questions(name, args.data)[:args.limit]
     opponents = {}
+    columns = {}
     for run in args.run:
         model = None                            # two large ones need not fit at once
         model, settings = load_run(run, device, dtype)
-        label = Path(run).name
-        if args.route != "learned":
-            label += f", {args.route}"
+        label = Path(run).name + (f", {args.route}" if args.route != "learned" else "")
         rows = columns[label] = {}
         for name in names:
-            if name in tasks:
-                folder = find_model(settings["base"])
-                rows |= run_benchmark(name, tasks[name], model, args, folder)
-            elif name in asked:
-                queries = [query for query, _ in asked[name]]
-                answers = ask_model(model, queries, args, args.max_new_tokens)
-                rows |= judge(name, asked[name], answers, args)
+            if name in asked:
+                answers = ask_questions(model, asked[name], args, BENCHMARKS[name].max_new_tokens)
+                rows |= score_questions(name, asked[name], answers)
             else:
-                rows |= run_pairwise(label, model, settings, args, opponents)
-
-    table = join_columns(columns)
-    if args.json:
-        print(json.dumps(table, indent=1))
-    else:
-        print_scores(table, list(columns))
+                rows |= pairwise(label, model, settings, args, opponents)
+    print_columns(columns, args.json)
 
 
-def check_names(names, args):
-    for name in names:
-        if name not in TASKS and name not in JUDGED:
-            known = ", ".join([*TASKS, *JUDGED])
-            raise UserError(f"unknown task {name!r}; there are {known}")
-        needs_judge = name in JUDGED and name != "shop_mmlu"
-        if needs_judge and not (args.judge and args.judge_model):
-            raise UserError(f"{name} needs a judge: --judge URL of an OpenAI-compatible endpoint, "
-                            "and --judge-model NAME")
-
-
-def run_pairwise(label, model, settings, args, opponents):
-    """The held-out queries: this run against the bare base and all runs before it.
-
-    `opponents` (name -> answers) gets this run's answers too.
-    """
-    _, records = split(load_records(settings["data"]))
-    queries = [record["query"] for record in records][:args.limit]
-    if not opponents:
-        bare = Namespace(**vars(args) | {"route": "none"})
-        opponents["bare base"] = ask_model(model, queries, bare, args.max_new_tokens)
-    ours = ask_model(model, queries, args, args.max_new_tokens)
-    rows = {}
-    for name, theirs in opponents.items():
-        rows[f"pairwise, wins over {name}"] = win_rate(args, queries, ours, theirs)
-    opponents[label] = ours
-    return rows
-
-
-def join_columns(columns):
-    """{run: {row: Scores}} -> {row: {run: its figures}}."""
+def print_columns(columns, as_json):
+    """{run: {row: Scores}} as JSON {row: {run: its figures}}, or as a table."""
     table = {}
     for label, rows in columns.items():
         for row, scores in rows.items():
-            cells = table.setdefault(row, {})
-            cells[label] = {
+            table.setdefault(row, {})[label] = {
                 "score": scores.mean(),
                 "n": len(scores.points),
                 "chance": scores.chance,
                 "unusable": scores.unusable,
             }
-    return table
-
-
-def print_scores(table, labels):
-    print("Scores from 0 to 100 where no other scale is named; in brackets 95% intervals, by "
-          "bootstrap over the questions;\n"
-          "behind / the answers that could not be used (wrong, or guessed for, as the benchmark's "
-          "authors do).\n")
+    if as_json:
+        print(json.dumps(table, indent=1))
+        return
+    print("Scores from 0 to 100; in brackets 95% intervals, by bootstrap over the questions;\n"
+          "behind / the answers that could not be used, which count as wrong.\n")
     lines = []
     for row, cells in table.items():
-        any_cell = next(iter(cells.values()))
-        chance = any_cell["chance"]
-        line = [row, any_cell["n"], "" if chance is None else f"{chance:.1f}"]
-        for label in labels:
+        first = next(iter(cells.values()))
+        line = [row, first["n"], f"{first['chance']:.1f}"]
+        for label in columns:
             cell = cells.get(label)
             line.append(f"{shown(cell['score'], 1)} / {cell['unusable']}" if cell else "")
         lines.append(line)
-    print_table(["", "n", "chance", *labels], lines)
-
-
-# -------------------------------------------------------------------------------------- the harness
-
-def load_tasks(names, folder):
-    """Benchmarks' names -> {name: {task name: lm_eval task}}, their files read from the folder of
-    --data, or the hub.
-    """
-    if not names:
-        return {}
-    try:
-        import lm_eval.tasks
-    except ImportError:
-        raise UserError("these benchmarks need EleutherAI's harness: pip install lm-eval")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # only the folders that we need: to read all of the harness's takes long
-    theirs = Path(lm_eval.tasks.__file__).parent
-    folders = [theirs / name for name in ("eq_bench", "gpqa", "gsm8k")]
-    folders.append(Path(__file__).parent / "tasks")
-    manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False,
-                                        metadata={"data": folder})
-    loaded = {}
-    for name in names:
-        wanted = TASKS[name].tasks
-        if folder and f"{name}_local" in manager.all_groups:
-            wanted = [f"{name}_local"]
-        try:
-            loaded[name] = manager.load(wanted)["tasks"]
-        except UserError:
-            raise
-        except Exception as error:              # the hub's client and `datasets` raise many types
-            raise UserError(f"{name}: the hub was not reached or refused ({type(error).__name__}); "
-                            f"get the files from {SOURCES[name]}, and give their folder with "
-                            "--data")
-    return loaded
-
-
-def run_benchmark(name, tasks, model, args, folder):
-    """{row of the table: Scores}, the groups of a task after their whole."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    from experiments.harness import PersonaFuseLM
-    limit = args.limit
-    if limit and name == "tombench":
-        limit *= TRIES
-    # some of the harness's scoring prints what it cannot use
-    with redirect_stdout(sys.stderr):
-        results = simple_evaluate(
-            model=PersonaFuseLM(model, args, tasks, folder),
-            tasks=list(tasks.values()),
-            limit=limit,
-            task_manager=TaskManager(include_defaults=False),
-            bootstrap_iters=0,
-        )
-    rows = {}
-    for task, entries in results["samples"].items():
-        # a task may read its answers in several ways, each a filter
-        for kind in dict.fromkeys(entry["filter"] for entry in entries):
-            read_so = [entry for entry in entries if entry["filter"] == kind]
-            whole = task if kind == "none" else f"{task} ({kind})"
-            rows[whole] = score_entries(name, read_so)
-            for group, members in by_group(read_so).items():
-                rows[f"{task}: {group}"] = score_entries(name, members)
-    return rows | paper_means(name, rows, results["samples"])
-
-
-def by_group(entries):
-    """{group: its entries}, in the order of the groups' names."""
-    groups = {}
-    for entry in entries:
-        for group in entry["doc"].get("groups", []):
-            groups.setdefault(group, []).append(entry)
-    return dict(sorted(groups.items()))
-
-
-def score_entries(name, entries):
-    """The harness's entries for some questions -> Scores."""
-    benchmark = TASKS[name]
-    points = [entry[benchmark.metric] for entry in entries]
-    if name == "tombench":
-        points = list(vote_by_question(points).values())
-    chance = benchmark.chance
-    if chance is None:
-        chance = np.mean([entry["doc"]["chance"] for entry in entries])
-    unusable = sum(is_unusable(entry) for entry in entries)
-    points = np.array(points, dtype=float) * benchmark.scale
-    return Scores(points, np.ones(len(points)), 100 * chance, unusable)
-
-
-def is_unusable(entry):
-    """Whether an answer could not be read, in the words of each of the tasks."""
-    return (entry["filtered_resps"] == ["[invalid]"]
-            or entry.get("unparsed") == 1
-            or entry.get("percent_parseable") == 0)
-
-
-def paper_means(name, rows, tasks):
-    """The means over tasks or groups that the paper shows, each part counting the same."""
-    means = {}
-    for benchmark, what, beginning in MEANS:
-        if benchmark != name:
-            continue
-        parts = []
-        for label, scores in rows.items():
-            # of groups the mean is over groups, of tasks over whole tasks only
-            if label.startswith(beginning) and (label in tasks or beginning.endswith(":")):
-                parts.append(scores)
-        means[f"{name}: mean of {what}"] = Scores(
-            np.concatenate([part.points / len(part.points) for part in parts]),
-            np.concatenate([part.weights / len(part.points) for part in parts]),
-            np.mean([part.chance for part in parts]),
-            sum(part.unusable for part in parts),
-        )
-    return means
+    print_table(["", "n", "chance", *columns], lines)

@@ -1,235 +1,152 @@
-"""The held-out records: what runs of one base lose on them, and how well their routers rank.
+"""The held-out records: what runs of one base lose on them, how well their routers rank, and what
+they have forgotten.
 
-A row of the table is a model and a way to mix its experts; n records, E experts.
+    python -m experiments.evaluate --run out/tiny --run out/tiny-direct
+    python -m experiments.evaluate --run out/tiny --forgetting --text english.txt
+
+A row of a table is a model and a way to mix its experts; n records, E experts.
 """
 
-import json
+import math
 import re
-import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from data import TRAITS, load_records, make_examples, split
+from data import Example, make_examples
 from experiments.answers import cot_prompt
-from experiments.statistics import bootstrap, print_table, shown, shown_difference
-from personafuse import load_run, read_settings
-from router import average_precision, keep_top, pole_auc
+from experiments.common import (COT, SHORT, activations, auc_interval, break_ties, fitting,
+                                measure_rows, response_losses, run_records)
+from experiments.statistics import bootstrap, mean_interval, per_token
+from personafuse import read_settings
+from plumbing.files import read_lines
+from router import average_precision, pole_auc
 
 ANSWERS = ("response", "naive_response")
+ROUTES = ("cot", "random1", "random2", "random5", "uniform", "oracle")
 
 
-@dataclass
-class HeldOut:
-    """The held-out records as the token ids of one model."""
-    queries: list           # n strings
-    good: list              # n Examples with the Persona-CoT response
-    naive: list             # n Examples with the plain answer
-    p: np.ndarray           # (n, E)
+def held_out_records(args):
+    """The held-out records of the first run that fit into its --max-length."""
+    settings = read_settings(args.run[0])
+    _, held = run_records(settings, ANSWERS, args.data, args.limit)
+    return fitting(held, settings)
 
 
-@dataclass
-class Row:
-    """A model's losses, record by record, and the figures that are made of them."""
-    name: str
-    nll: np.ndarray         # (n,), summed over each response
-    counts: np.ndarray      # (n,), response tokens
-    figures: dict = field(default_factory=dict)     # name -> [value, low, high]
+# --------------------------------------------------------------------------------------- comparison
 
-    def loss(self, records):
-        """The loss per token of some records, given their indices."""
-        return self.nll[records].sum() / self.counts[records].sum()
+COMPARISON = """
+Held-out records; in brackets 95% intervals, by bootstrap over the records. The difference is that
+of the loss to the first run's, paired; = marks one smaller than its interval: not told from 0 by
+these records."""
 
 
-def compare(args, device, dtype):
+def comparison(args):
     """Runs of one base on its held-out records, beside the bare base, Persona-CoT prompting, Random
     Route, uniform weights and an oracle that mixes by p/|p|.
     """
-    settings = read_settings(args.run[0])
-    _, records = split(load_records(settings["data"], ANSWERS))
-    rows = []
-    for run in args.run:
-        model = None                            # two large ones need not fit at once
-        model, _ = load_run(run, device, dtype)
-        held_out = tokenize(model, records, settings["max_length"])
-        if not rows:
-            rows += rows_of_base(model, held_out)
-        rows += rows_of_run(Path(run).name, model, held_out, args)
+    records = held_out_records(args)
 
-    n = len(held_out.queries)
+    def losses(model, settings, w, name):
+        """-> (losses, tokens) of the Persona-CoT responses, the same of the plain answers, w."""
+        both = []
+        for key in ANSWERS:
+            examples = make_examples(records, model, settings["max_length"], key)
+            if name == COT:
+                examples = ask_by_prompt(model, examples, records)
+            both.append(response_losses(model, examples, w))
+        return *both, w
+
+    measured = measure_rows(args, records, ROUTES, losses)
     # the first run, or the bare base where that run has no router yet
-    own = [row for row in rows if row.name == Path(args.run[0]).name]
-    reference = own[0] if own else rows[0]
-    for row in rows:
-        if row is not reference:
-            row.figures["difference"] = paired_difference(row, reference)
-    if args.json:
-        table = [{"name": row.name, **row.figures} for row in rows]
-        print(json.dumps({"records": n, "reference": reference.name, "rows": table}, indent=1))
-    else:
-        print_comparison(rows, n, reference.name)
-
-
-def tokenize(model, records, max_length):
-    """Records -> HeldOut, less those whose prompt leaves no room for an answer."""
-    fitting = []
-    for record in records:
-        if len(model.tokenizer.encode_prompt(record["query"])) < max_length:
-            fitting.append(record)
-    good, naive = (make_examples(fitting, model.tokenizer, model.encoder_tokenizer, max_length, key)
-                   for key in ANSWERS)
-    queries = [record["query"] for record in fitting]
-    return HeldOut(queries, good, naive, np.array([record["p"] for record in fitting]))
-
-
-# ---------------------------------------------------------------------------- the rows of the table
-
-def rows_of_base(model, held_out):
-    """What needs no run: the bare base, and what prompting makes of it."""
-    rows = [measure("bare base", model, held_out, None)]
-    prompted = persona_cot_prompting(model, held_out)
-    if prompted:
-        rows.append(prompted)
-    return rows
-
-
-def persona_cot_prompting(model, held_out):
-    """The bare base behind the Persona-CoT prompt; None where that does not fit the context."""
-    prompts = []
-    for query in held_out.queries:
-        prompts.append(model.tokenizer.encode_prompt(cot_prompt(query)))
-
-    def behind_prompts(examples):
-        return [replace(example, prompt=ids) for example, ids in zip(examples, prompts)]
-
-    asked = replace(held_out, good=behind_prompts(held_out.good),
-                    naive=behind_prompts(held_out.naive))
-    context = model.base.config.max_position_embeddings
-    longest = max(example.length for example in asked.good + asked.naive)
-    if longest > context:
-        print(f"left out: Persona-CoT prompting, longer than the base's {context} tokens",
-              file=sys.stderr)
-        return None
-    return measure("Persona-CoT prompting", model, asked, None)
-
-
-def rows_of_run(name, model, held_out, args):
-    """A run as it was trained and, if it has experts to mix, mixed otherwise."""
-    if model.experts == 1:
-        w = model.mixing_weights(held_out.queries)
-        return [measure(name, model, held_out, w)]
-    rows = []
-    if model.router:
-        rows.append(routed(name, model, held_out, args.top_k))
-    for k in (1, 2, 5):
-        rows.append(random_route(name, model, held_out, k, args.seed))
-    rows.append(uniform(name, model, held_out))
-    rows.append(oracle(name, model, held_out))
-    return rows
-
-
-def routed(name, model, held_out, top_k):
-    w = model.mixing_weights(held_out.queries)
-    kept = keep_top(w, top_k) if top_k else w
-    return measure(name, model, held_out, kept, ranking=w)
-
-
-def random_route(name, model, held_out, k, seed):
-    w = model.mixing_weights(held_out.queries, f"random{k}", seed=seed)
-    return measure(f"{name}, random{k}", model, held_out, w, ranking=w)
-
-
-def uniform(name, model, held_out):
-    w = model.mixing_weights(held_out.queries, "uniform")
-    return measure(f"{name}, uniform", model, held_out, w)
-
-
-def oracle(name, model, held_out):
-    p = torch.tensor(held_out.p, dtype=torch.float32, device=model.device)
-    w = p / p.sum(dim=1, keepdim=True)
-    return measure(f"{name}, oracle", model, held_out, w, ranking=p)
-
-
-# -------------------------------------------------------------------------------------- the figures
-
-def measure(name, model, held_out, w, ranking=None):
-    """A row of the table: losses at weights w (n, E), or of the bare base, and how well `ranking`
-    (n, E), if any, ranks the experts.
-    """
-    nll, counts = response_losses(model, held_out.good, w)
-    naive_nll, naive_counts = response_losses(model, held_out.naive, w)
-    prefers = nll / counts < naive_nll / naive_counts
-    n = len(nll)
-    row = Row(name, nll, counts)
-    row.figures["loss"] = bootstrap(row.loss, n)
-    row.figures["prefers"] = bootstrap(lambda records: 100 * prefers[records].mean(), n)
-    if ranking is not None:
-        row.figures |= measure_ranking(ranking.double().cpu().numpy(), held_out.p)
-    return row
-
-
-def response_losses(model, examples, w):
-    """Summed losses (n,) and numbers of response tokens (n,), as numpy arrays."""
-    nll, counts, _ = model.response_nll(examples, w)
-    return nll.double().cpu().numpy(), counts.double().cpu().numpy()
-
-
-def measure_ranking(ranking, p):
-    """ranking, p (n, E) -> mean average precision, and AUC by pole and on average."""
-    # random routes and the oracle give many experts the same weight: ties in random order
-    ranking = ranking + 1e-9 * np.random.default_rng(0).random(p.shape)
-    precision = average_precision(ranking, p)
-
-    def mean_auc(records):
-        return np.nanmean(pole_auc(ranking[records], p[records]))
-
+    reference = Path(args.run[0]).name
+    if reference not in measured:
+        reference = "bare base"
+    loss_of_reference = per_token(*measured[reference][0])
+    p = activations(records)
     n = len(p)
-    return {
-        "map": bootstrap(lambda records: precision[records].mean(), n),
-        "auc": bootstrap(mean_auc, n, draws=300),
-        "auc_by_pole": dict(zip(TRAITS, pole_auc(ranking, p).round(4).tolist())),
-    }
+    rows = []
+    auc = []
+    for name, ((nll, counts), (plain_nll, plain_counts), w) in measured.items():
+        loss = per_token(nll, counts)
+        row = {"name": name, "loss per token": bootstrap(loss, n)}
+        if name != reference:
+            # on the same records for both: a paired interval
+            row["difference"] = bootstrap(lambda i: loss(i) - loss_of_reference(i), n)
+        prefers = nll / counts < plain_nll / plain_counts
+        row["% prefers Persona-CoT"] = mean_interval(100 * prefers)
+        if w is not None and w.shape[1] > 1:
+            w = w.double().cpu().numpy()
+            row["router mAP"] = mean_interval(average_precision(break_ties(w), p))
+            row["mean AUC"] = auc_interval(w, p)
+            # what knows nothing of the query ranks by chance: half
+            if not re.search(", (random|uniform)", name):
+                by_pole = pole_auc(w, p).round(4).tolist()
+                auc.append({"name": name, **dict(zip(SHORT, by_pole))})
+        rows.append(row)
+    return {f"{n} held-out records": rows, "AUC by pole": auc}
 
 
-def paired_difference(row, reference):
-    """By how much the loss is over the reference's, on the same records for both: a paired
-    interval.
-    """
-    return bootstrap(lambda records: row.loss(records) - reference.loss(records), len(row.nll))
+def ask_by_prompt(model, examples, records):
+    """The Examples behind the Persona-CoT prompt, cut on the left to fit the base's context."""
+    context = model.base.config.max_position_embeddings
+    asked = []
+    for example, record in zip(examples, records):
+        prompt = model.tokenizer.encode_prompt(cot_prompt(record["query"]))
+        room = context - len(example.answer)
+        asked.append(replace(example, prompt=prompt[-room:]))
+    return asked
 
 
-# --------------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- forgetting
 
-def print_comparison(rows, n, reference):
-    print(f"{n} held-out records; in brackets 95% intervals, by bootstrap over the records. The "
-          "difference is that of the\n"
-          f"loss to {reference}, paired; = marks one smaller than its interval: not told from 0 by "
-          "these records.\n")
-    lines = []
-    for row in rows:
-        figures = row.figures
-        lines.append([
-            row.name,
-            shown(figures["loss"], 3),
-            shown_difference(figures.get("difference"), 3),
-            shown(figures["prefers"], 0),
-            shown(figures.get("map")),
-            shown(figures.get("auc")),
-        ])
-    print_table(["", "loss per token", "difference", "% prefers Persona-CoT", "router mAP",
-                 "mean AUC"], lines)
+FORGETTING = """
+Loss per token, and its difference to the bare base's, paired: above 0 is forgotten. Plain answers
+and, with --text, neutral English, each line read with the router's weights for it; beside them what
+was learned. Bits a byte compare bases with other tokenizers. In brackets 95% intervals, by
+bootstrap over the texts; = marks a difference smaller than its own."""
 
-    # two or five equal weights rank as poorly as one, so the table by pole leaves them out
-    ranked = []
-    for row in rows:
-        if "auc" in row.figures and not re.search("random[25]", row.name):
-            ranked.append(row)
-    if not ranked:
-        return
-    print("\nAUC by pole")
-    lines = []
-    for pole in TRAITS:
-        lines.append([pole, *(f"{row.figures['auc_by_pole'][pole]:.2f}" for row in ranked)])
-    print_table(["", *(row.name for row in ranked)], lines)
+
+def forgetting(args):
+    """What runs have lost of what their base could do before."""
+    records = held_out_records(args)
+
+    def record_losses(key):
+        def losses(model, settings, w, name):
+            examples = make_examples(records, model, settings["max_length"], key)
+            return response_losses(model, examples, w)
+        return measure_rows(args, records, (), losses)
+
+    rows = []
+    for key in ANSWERS:
+        rows += forgotten(key, [record[key] for record in records], record_losses(key))
+    if args.text:
+        texts = [line.strip() for _, line in read_lines(args.text)][:args.limit]
+
+        def text_losses(model, settings, w, name):
+            examples = []
+            for text in texts:
+                # nothing stands before a text: its first token is given
+                ids = model.tokenizer.encode(text)[:settings["max_length"]]
+                examples.append(Example(ids[:1], ids[1:], [], ()))
+            return response_losses(model, examples, w)
+
+        lines = [{"query": text} for text in texts]
+        rows += forgotten(args.text, texts, measure_rows(args, lines, (), text_losses))
+    return {"forgetting": rows}
+
+
+def forgotten(kind, texts, measured):
+    """{model: (losses (n,), tokens (n,))} of n texts of one kind -> rows of the table."""
+    base = per_token(*measured["bare base"])
+    size = sum(len(text.encode()) for text in texts)
+    rows = []
+    for name, (nll, counts) in measured.items():
+        loss = per_token(nll, counts)
+        rows.append({
+            "name": name,
+            "texts": kind,
+            "loss per token": bootstrap(loss, len(nll)),
+            "difference": bootstrap(lambda i: loss(i) - base(i), len(nll)),
+            "bits a byte": round(nll.sum() / math.log(2) / size, 4),
+        })
+    return rows

@@ -6,76 +6,65 @@
 Both look at losses of the held-out responses, per token, record by record. The records of a pole
 are those with p_i = 1; the opposite of a pole is the other pole of the same trait.
 
+The floor of both is a run on the same records with the traits of other records. They change places
+in the training split; the held-out records keep theirs, so that both runs are measured alike:
+
+    python -m experiments.control out/shuffled.jsonl
+    python train.py --stage all --data out/shuffled.jsonl --out out/tiny-shuffled
+
 n records, E = 10 experts.
 """
 
+import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import TRAITS, load_records, make_examples, split
-from experiments.statistics import bootstrap, print_table, shown
-from personafuse import load_run
-from plumbing import UserError
+from data import TRAITS, held_out, load_records
+from experiments.common import SHORT, activations, held_out_examples, response_losses
+from experiments.statistics import bootstrap
+from plumbing.files import HERE, atomic_write, run_program
 
-# the poles in the heads of columns, in the order of TRAITS
-SHORT = ["O+", "O-", "C+", "C-", "E+", "E-", "A+", "A-", "N+", "N-"]
 # high and low stand side by side, so that the opposite of each pole is its neighbour
 OPPOSITE = [1, 0, 3, 2, 5, 4, 7, 6, 9, 8]
 # weights of one expert, from left out to alone
 DIAL = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
 
-# ------------------------------------------------------------------------------------------- losses
-
-def load_experts_run(run, device, dtype):
-    """A run with its ten experts -> (PersonaFuse, settings); UserError for a baseline's."""
-    model, settings = load_run(run, device, dtype)
-    if model.experts != len(TRAITS):
-        raise UserError(f"{run} has {model.experts} expert, not one for each of the "
-                        f"{len(TRAITS)} poles: give a run of --variant personafuse")
-    return model, settings
-
-
-def held_out_examples(model, settings):
-    """The held-out records of a run that fit into its --max-length, and the same as Examples."""
-    max_length = settings["max_length"]
-    _, records = split(load_records(settings["data"]))
-    fitting = []
-    for record in records:
-        prompt = model.tokenizer.encode_prompt(record["query"])
-        if len(prompt) < max_length:
-            fitting.append(record)
-    if not fitting:
-        raise UserError(f"{settings['data']} has no held-out record to measure with")
-    tokenizers = model.tokenizer, model.encoder_tokenizer
-    return fitting, make_examples(fitting, *tokenizers, max_length)
-
-
-def activations(records):
-    """p of each record -> (n, E), numpy."""
-    return np.array([record["p"] for record in records])
-
-
 def losses_at(model, examples, w):
     """Mixing weights w (E,), the same for all -> each example's loss per token (n,), numpy."""
-    same_for_all = w.expand(len(examples), -1)                  # (n, E)
-    nll, counts, _ = model.response_nll(examples, same_for_all)
-    losses = nll / counts
-    return losses.double().cpu().numpy()
+    nll, counts = response_losses(model, examples, w.expand(len(examples), -1))
+    return nll / counts
+
+
+# ------------------------------------------------------------------------------------------ control
+
+CONTROL = """
+Pole accuracy: how often the expert of an active pole has the lower loss of the two of its trait
+(chance 50%). Rank: its place among the ten (chance 5.5). Matrix: how much lower than the mean
+expert's the loss of each expert (row) is on the records of each pole (column), in hundredths of a
+nat a token. In brackets 95% intervals, by bootstrap over the held-out records."""
+
+
+def control(model, settings, args):
+    """--control: pole accuracy, rank and matrix of the experts of a run."""
+    records, examples = held_out_examples(model, settings, args)
+    losses = expert_losses(model, examples)
+    p = activations(records)
+    matrix = []
+    for pole, row in zip(TRAITS, 100 * control_matrix(losses, p)):
+        matrix.append({"name": pole, **dict(zip(SHORT, row.round(1).tolist()))})
+    return {"control": measure_control(losses, p), "matrix": matrix}
 
 
 def expert_losses(model, examples):
     """The loss per token of each example under each expert alone, w one-hot -> (n, E), numpy."""
-    columns = []
     one_hots = torch.eye(model.experts, device=model.device)
-    for one_hot in one_hots:
-        columns.append(losses_at(model, examples, one_hot))
+    columns = [losses_at(model, examples, one_hot) for one_hot in one_hots]
     return np.stack(columns, axis=1)
 
-
-# ------------------------------------------------------------------------------------------ control
 
 def pole_wins(losses):
     """Whether each expert has a lower loss than its opposite's, record by record.
@@ -83,9 +72,7 @@ def pole_wins(losses):
     losses (n, E) -> (n, E) of 1, or 1/2 where they are equal, or 0.
     """
     opposite = losses[:, OPPOSITE]
-    lower = losses < opposite
-    equal = losses == opposite
-    return lower + 0.5 * equal
+    return (losses < opposite) + 0.5 * (losses == opposite)
 
 
 def expert_ranks(losses):
@@ -93,8 +80,8 @@ def expert_ranks(losses):
     mine = losses[:, :, None]                                   # (n, E, 1)
     others = losses[:, None, :]                                 # (n, 1, E)
     lower = (others < mine).sum(axis=2)
-    equal = (others == mine).sum(axis=2)
-    equal = equal - 1                                           # each expert equals itself
+    # each expert equals itself
+    equal = (others == mine).sum(axis=2) - 1
     return 1 + lower + equal / 2
 
 
@@ -103,14 +90,9 @@ def control_matrix(losses, p):
 
     losses (n, E), p (n, E) -> (E, E), in nats a token; NaN where no record has the pole.
     """
-    mean_expert = losses.mean(axis=1, keepdims=True)            # (n, 1)
-    better = mean_expert - losses                               # (n, E)
-    matrix = np.full((len(TRAITS), len(TRAITS)), np.nan)
-    for j in range(len(TRAITS)):
-        active = p[:, j] == 1
-        if active.any():
-            matrix[:, j] = better[active].mean(axis=0)
-    return matrix
+    better = losses.mean(axis=1, keepdims=True) - losses        # (n, E)
+    with np.errstate(invalid="ignore"):
+        return better.T @ p / p.sum(axis=0)
 
 
 def mean_where(values, p, records):
@@ -123,81 +105,52 @@ def mean_where(values, p, records):
 
 
 def measure_control(losses, p):
-    """The figures of --control: accuracy in % and rank, over all poles and by pole, the matrix."""
+    """losses (n, E), p (n, E) -> the rows of the table, over all poles and by pole."""
     wins = 100 * pole_wins(losses)
     ranks = expert_ranks(losses)
-    result = accuracy_and_rank(wins, ranks, p)
-    result["by_pole"] = {}
+    rows = [accuracy_and_rank("all poles", wins, ranks, p)]
     for i, pole in enumerate(TRAITS):
-        one_pole = accuracy_and_rank(wins[:, i], ranks[:, i], p[:, i])
-        result["by_pole"][pole] = one_pole
-    result["matrix"] = control_matrix(losses, p).round(4).tolist()
-    return result
+        rows.append(accuracy_and_rank(pole, wins[:, i], ranks[:, i], p[:, i]))
+    return rows
 
 
-def accuracy_and_rank(wins, ranks, p):
+def accuracy_and_rank(name, wins, ranks, p):
     """Over the (record, active pole) pairs, their number too. All (n, E), or (n,) for one pole."""
     n = len(p)
-    accuracy = bootstrap(lambda records: mean_where(wins, p, records), n)
-    rank = bootstrap(lambda records: mean_where(ranks, p, records), n)
-    return {"pairs": int(p.sum()), "accuracy": accuracy, "rank": rank}
-
-
-def control(args, device, dtype):
-    """--control: each run's control matrix, pole accuracy and rank."""
-    results = {}
-    for run in args.run:
-        model, settings = load_experts_run(run, device, dtype)
-        records, examples = held_out_examples(model, settings)
-        losses = expert_losses(model, examples)
-        results[run] = measure_control(losses, activations(records))
-        results[run]["records"] = len(records)
-    if args.json:
-        print(json.dumps(results, indent=1))
-    else:
-        print_control(results)
-
-
-def print_control(results):
-    print("Pole accuracy: how often the expert of an active pole has the lower loss of the two\n"
-          "of its trait (chance 50%). Rank: its place among the ten (chance 5.5). In brackets 95%\n"
-          "intervals, by bootstrap over the held-out records.\n")
-    lines = []
-    for run, result in results.items():
-        cells = control_cells(result)
-        lines.append([run, result["records"], *cells])
-    print_table(["", "records", "pairs", "pole accuracy, %", "rank"], lines)
-
-    for run, result in results.items():
-        print(f"\n{run}, by pole")
-        lines = []
-        for pole, row in result["by_pole"].items():
-            cells = control_cells(row)
-            lines.append([pole, *cells])
-        print_table(["", "records", "pole accuracy, %", "rank"], lines)
-
-        print(f"\n{run}: how much lower than the mean expert's is the loss of each expert (row)\n"
-              "on the records of each pole (column), in hundredths of a nat a token")
-        lines = []
-        for pole, row in zip(TRAITS, result["matrix"]):
-            hundredths = [100 * value for value in row]
-            cells = [f"{value:+.0f}" for value in hundredths]
-            lines.append([pole, *cells])
-        print_table(["", *SHORT], lines)
-
-
-def control_cells(result):
-    accuracy = shown(result["accuracy"], 1)
-    rank = shown(result["rank"])
-    return result["pairs"], accuracy, rank
+    return {
+        "name": name,
+        "pairs": int(p.sum()),
+        "pole accuracy, %": bootstrap(lambda records: mean_where(wins, p, records), n),
+        "rank": bootstrap(lambda records: mean_where(ranks, p, records), n),
+    }
 
 
 # ----------------------------------------------------------------------------------------- steering
 
+STEERING = """
+Loss per token of a pole's own records and of its opposite's, as the weight of the pole's expert
+grows and the other nine share what is left. Gain: the difference of how much the whole turn lowers
+the one and the other. Rising: in how many of the five steps that lead grows."""
+
+
+def steering(model, settings, args):
+    """--steering: how losses change as each expert's weight goes from 0 to 1."""
+    records, examples = held_out_examples(model, settings, args)
+    p = activations(records)
+    rows = []
+    for i, pole in enumerate(TRAITS):
+        losses = turn_dial(model, examples, i, p)
+        own, opposite, gain, rising = measure_dial(losses, p[:, i], p[:, OPPOSITE[i]])
+        steps = [f"w = {value}" for value in DIAL]
+        rows.append({"name": pole, "records": "own", **dict(zip(steps, own)),
+                     "gain (difference)": gain, "rising": rising})
+        rows.append({"records": "opposite's", **dict(zip(steps, opposite))})
+    return {"steering": rows}
+
+
 def dial_weights(i, value, experts, device=None):
     """w (E,): `value` for expert i, what is left shared out equally among the others."""
-    others = (1 - value) / (experts - 1)
-    w = torch.full((experts,), others, device=device)
+    w = torch.full((experts,), (1 - value) / (experts - 1), device=device)
     w[i] = value
     return w
 
@@ -216,7 +169,7 @@ def turn_dial(model, examples, i, p):
 
 
 def measure_dial(losses, own, opposite):
-    """What `turn_dial` found -> the mean losses of both groups at each step, and what it comes to.
+    """What `turn_dial` found -> the mean losses of both groups at each step, gain and rising.
 
     own, opposite (n,): p of the pole and of its opposite. `gain` is how much the turn from 0 to 1
     lowers the loss of the pole's records more than that of the opposite's; `rising` in how many
@@ -224,57 +177,50 @@ def measure_dial(losses, own, opposite):
     """
     own_curve = losses[:, own == 1].mean(axis=1)
     opposite_curve = losses[:, opposite == 1].mean(axis=1)
-    lead = opposite_curve - own_curve
     fall = losses[0] - losses[-1]                               # (n,)
 
     def gain(records):
         return mean_where(fall, own, records) - mean_where(fall, opposite, records)
 
-    rising = np.diff(lead) > 0
-    return {
-        "own": own_curve.round(4).tolist(),
-        "opposite": opposite_curve.round(4).tolist(),
-        "gain": bootstrap(gain, len(own)),
-        "rising": int(rising.sum()),
-    }
+    rising = np.diff(opposite_curve - own_curve) > 0
+    curves = own_curve.round(4).tolist(), opposite_curve.round(4).tolist()
+    return *curves, bootstrap(gain, len(own)), int(rising.sum())
 
 
-def measure_steering(model, examples, p):
-    """{pole: what `measure_dial` finds of its dial}; p (n, E)."""
-    dials = {}
-    for i, pole in enumerate(TRAITS):
-        own = p[:, i]
-        opposite = p[:, OPPOSITE[i]]
-        losses = turn_dial(model, examples, i, p)
-        dials[pole] = measure_dial(losses, own, opposite)
-    return dials
+# ---------------------------------------------------------------------------------------- the floor
+
+def shuffle_labels(records, seed):
+    """Records -> the same records, those of the training split with each other's labels."""
+    training = [i for i, record in enumerate(records) if not held_out(record["query"])]
+    order = np.random.default_rng(seed).permutation(training)
+    shuffled = list(records)
+    for i, other in zip(training, order):
+        labels = {}
+        for key in ("social_cue", "social_traits", "task_cue", "task_traits"):
+            if key in records[other]:
+                labels[key] = records[other][key]
+        shuffled[i] = records[i] | labels
+    return shuffled
 
 
-def steering(args, device, dtype):
-    """--steering: the weight of one expert from 0 to 1, the others sharing what is left."""
-    results = {}
-    for run in args.run:
-        model, settings = load_experts_run(run, device, dtype)
-        records, examples = held_out_examples(model, settings)
-        results[run] = measure_steering(model, examples, activations(records))
-    if args.json:
-        print(json.dumps({"dial": DIAL, "runs": results}, indent=1))
-    else:
-        print_steering(results)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("out", metavar="FILE", help="where the shuffled records go")
+    add("--data", default=str(HERE / "persona_cot.jsonl"), help="records (default: ours)")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args()
+    lines = []
+    for record in shuffle_labels(load_records(args.data), args.seed):
+        # p follows from the traits: who reads the file makes it anew
+        del record["p"]
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(args.out) as tmp:
+        tmp.write_text("".join(lines), encoding="utf-8")
+    print(f"{args.out}: {len(lines)} records")
 
 
-def print_steering(results):
-    print("Loss per token of a pole's own records and of its opposite's, as the weight of the\n"
-          "pole's expert grows and the other nine share what is left. Gain: how much the whole\n"
-          "turn lowers the first more than the second. Rising: in how many steps that lead grows.")
-    steps = [f"w = {value}" for value in DIAL]
-    for run, dials in results.items():
-        print(f"\n{run}")
-        lines = []
-        for pole, dial in dials.items():
-            own = [f"{loss:.2f}" for loss in dial["own"]]
-            opposite = [f"{loss:.2f}" for loss in dial["opposite"]]
-            rising = f"{dial['rising']} of {len(DIAL) - 1}"
-            lines.append([pole, "own", *own, shown(dial["gain"]), rising])
-            lines.append(["", "opposite's", *opposite, "", ""])
-        print_table(["", "records", *steps, "gain", "rising"], lines)
+if __name__ == "__main__":
+    run_program(main)

@@ -12,29 +12,48 @@
                                         what sharper weights, and better ones, are worth
     python -m experiments.evaluate --run out/tiny --questionnaire
                                         50 items of the IPIP, asked of each expert
-    python -m experiments.evaluate --run out/tiny --tasks emobench,gsm8k --data DIR --limit 20
-                                        the paper's benchmarks, by lm-eval
-    python -m experiments.evaluate --run out/tiny --tasks mentalchat --data DIR \\
-        --judge URL --judge-model NAME  a judge's opinion
+    python -m experiments.evaluate --run out/tiny --forgetting --text english.txt
+                                        what was lost of what the base could do
     python -m experiments.evaluate --run out/tiny --probe data_full.json
                                         what the encoder learned (Table 6)
+    python -m experiments.evaluate --run out/tiny --tasks emobench,gsm8k --data DIR --limit 20
+                                        the paper's benchmarks
+    python -m experiments.evaluate --run out/tiny --tasks pairwise \\
+        --judge URL --judge-model NAME  a judge's opinion
 """
 
 import argparse
+import json
 
 from data import TRAITS
+from experiments.answers import add_sampling
 from experiments.benchmarks import TASKS, run_benchmarks
-from experiments.comparison import compare
-from experiments.control import control, steering
-from experiments.expression import expression
-from experiments.judges import JUDGED
-from experiments.probe import probe
-from experiments.questionnaire import questionnaire
-from experiments.routing import routing
+from experiments.common import load_experts_run
+from experiments.comparison import COMPARISON, FORGETTING, comparison, forgetting
+from experiments.control import CONTROL, STEERING, control, steering
+from experiments.expression import EXPRESSION, expression
+from experiments.probe import PROBE, probe
+from experiments.questionnaire import QUESTIONNAIRE, questionnaire
+from experiments.routing import ROUTING, routing
+from experiments.statistics import print_rows
 from personafuse import pick_device, read_settings
-from plumbing import run_program
+from plumbing.files import UserError, number, run_program
+from router import ROUTES
 
-ROUTES = ["learned", "uniform", "random1", "random2", "random5", "none", "cot"]
+# what measures one run with ten experts, and what its tables say
+OF_EACH_RUN = {
+    "control": (control, CONTROL),
+    "steering": (steering, STEERING),
+    "routing": (routing, ROUTING),
+    "questionnaire": (questionnaire, QUESTIONNAIRE),
+}
+# what measures all runs side by side
+OF_ALL_RUNS = {
+    "comparison": (comparison, COMPARISON),
+    "expression": (expression, EXPRESSION),
+    "forgetting": (forgetting, FORGETTING),
+    "probe": (probe, PROBE),
+}
 
 
 def parse_arguments():
@@ -43,83 +62,58 @@ def parse_arguments():
     add = parser.add_argument
     add("--run", action="append", required=True, metavar="DIR",
         help="a folder that train.py wrote; may be given again")
-
     # what to measure: one of these, or the comparison
     measure = parser.add_mutually_exclusive_group().add_argument
-    measure("--control", action="store_true",
-            help="do the experts differ as their names say?")
-    measure("--steering", action="store_true",
-            help="the weight of one expert from 0 to 1")
-    measure("--expression", action="store_true",
-            help="do the answers show the traits that their queries call for?")
-    measure("--routing", action="store_true",
-            help="what sharper weights, and better ones, are worth")
-    measure("--questionnaire", action="store_true",
-            help="the 50 items of the IPIP, asked of each expert")
-    measure("--tasks",
-            help=f"benchmarks, with commas between them: {', '.join([*TASKS, *JUDGED])}")
-    measure("--probe", metavar="FILE",
-            help="a labelled file: CLINC150's data_full.json, or CSV with columns text and label")
+    for name in (*OF_EACH_RUN, "expression", "forgetting"):
+        measure(f"--{name}", dest="measure", action="store_const", const=name)
+    measure("--probe", metavar="FILE", help="labelled texts: data_full.json of CLINC150, or CSV")
+    measure("--tasks", help=", ".join(TASKS))
 
-    add("--data", metavar="DIR",
-        help="where the benchmarks' files are (default: the hub, for those that are there)")
-    add("--limit", type=int,
-        help="only the first so many questions of each task")
-    add("--route", choices=ROUTES, default="learned",
-        help="for --tasks, how the experts are mixed; none is the bare base, cot the bare base "
-             "answering through the Persona-CoT prompt (default: learned)")
-    add("--top-k", type=int,
-        help="keep only the k largest of the router's weights, scaled to sum to 1")
-    add("--no-chat", action="store_true",
-        help="give the base the harness's text as it stands, without the chat format")
-    add("--max-new-tokens", type=int, default=400,
-        help="of answers in free text (default: 400)")
-    add("--judge", metavar="URL",
-        help="an OpenAI-compatible endpoint (its key: OPENAI_API_KEY)")
+    add("--data", help="the records, where they are not found; for --tasks the benchmarks' folder")
+    add("--limit", type=number(int, 1), help="only so many held-out records, or questions of a task")
+    add("--text", metavar="FILE", help="English for --forgetting, one text a line")
+    add("--route", choices=[*ROUTES, "cot"], default="learned",
+        help="for --tasks; cot: the bare base answers through the Persona-CoT prompt")
+    add("--top-k", type=number(int, 1, high=len(TRAITS)), help="only the k largest weights")
+    add("--max-new-tokens", type=number(int, 1), default=400)
+    add("--judge", metavar="URL", help="OpenAI-compatible (its key: OPENAI_API_KEY)")
     add("--judge-model", metavar="NAME")
-    add("--temperature", type=float, default=0.7,
-        help="of the answers of --expression and --routing (default: 0.7)")
-    add("--top-p", type=float, default=0.9,
-        help="of these answers too (default: 0.9)")
-    add("--json", action="store_true",
-        help="print JSON in place of tables")
-    add("--seed", type=int, default=0)
+    add("--json", action="store_true")
     add("--device", default="auto")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    args = parser.parse_args()
-    if args.top_k is not None and not 1 <= args.top_k <= len(TRAITS):
-        parser.error(f"--top-k is 1 to {len(TRAITS)}")
-    if args.limit is not None and args.limit < 1:
-        parser.error("--limit is at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        parser.error("--temperature is at least 0, --top-p is in (0, 1], "
-                     "--max-new-tokens is at least 1")
-    return args
+    add_sampling(parser)
+    return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
     # all runs, before anything is loaded
-    base = read_settings(args.run[0])["base"]
+    first = read_settings(args.run[0])
     for run in args.run[1:]:
-        read_settings(run, base)
-    device = pick_device(args.device, base)
-    if args.control:
-        control(args, device, args.dtype)
-    elif args.steering:
-        steering(args, device, args.dtype)
-    elif args.expression:
-        expression(args, device, args.dtype)
-    elif args.routing:
-        routing(args, device, args.dtype)
-    elif args.questionnaire:
-        questionnaire(args, device, args.dtype)
-    elif args.tasks:
-        run_benchmarks(args, device, args.dtype)
-    elif args.probe:
-        probe(args, device, args.dtype)
+        settings = read_settings(run)
+        if settings["base_sha256"] != first["base_sha256"]:
+            raise UserError(f"{run} was made for the base {settings['base']}, {args.run[0]} for "
+                            f"{first['base']}: their figures are not to be compared")
+    args.device = pick_device(args.device, first["base"])
+    if args.tasks:
+        return run_benchmarks(args, args.device, args.dtype)
+    name = args.measure or ("probe" if args.probe else "comparison")
+    if name in OF_ALL_RUNS:
+        measure, meaning = OF_ALL_RUNS[name]
+        tables = measure(args)
     else:
-        compare(args, device, args.dtype)
+        measure, meaning = OF_EACH_RUN[name]
+        tables = {}
+        for run in args.run:
+            for title, rows in measure(*load_experts_run(run, args), args).items():
+                tables[f"{run}, {title}"] = rows
+    if args.json:
+        print(json.dumps(tables, indent=1, ensure_ascii=False))
+        return
+    print(meaning.strip())
+    for title, rows in tables.items():
+        print(f"\n{title}")
+        print_rows(rows)
 
 
 if __name__ == "__main__":

@@ -21,98 +21,60 @@ import torch
 import torch.nn.functional as F
 
 from data import TRAITS
-from experiments.control import (DIAL, OPPOSITE, SHORT, activations, control_matrix, expert_losses,
-                                 held_out_examples, load_experts_run, measure_steering)
-from personafuse import pick_device, read_settings
-from plumbing import HERE, UserError, atomic_write, read_lines, run_program
+from experiments.common import SHORT, activations, held_out_examples, load_experts_run
+from experiments.control import (DIAL, OPPOSITE, control_matrix, expert_losses, measure_dial,
+                                 turn_dial)
+from personafuse import pick_device
+from plumbing.files import HERE, UserError, atomic_write, read_lines, run_program
 
 # a colour for each trait; legible on white, and told apart by most who are colour-blind
 COLOURS = ["#0072b2", "#e69f00", "#cc79a7", "#009e73", "#d55e00"]
 GREY = "#b8b8b8"
-# a loss of metrics.jsonl -> its label and colour
-LOSSES = {
-    "lm": ("L_lm, per token", COLOURS[0]),
-    "contrastive": ("L_contrastive", COLOURS[4]),
-    "trait": ("L_trait", COLOURS[3]),
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    # text stays text: small, and searchable
+    "svg.fonttype": "none",
+    # no random names in the file, so that equal pictures are equal bytes
+    "svg.hashsalt": "personafuse",
+    # a background of its own, for pages in a dark theme
+    "savefig.facecolor": "white",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
 }
-STAGES = {1: "stage 1: experts", 2: "stage 2: router", 3: "stage 3: joint"}
-# how many last steps a curve's value is the mean of
-SMOOTHED = 5
 
 
 def import_pyplot():
-    """matplotlib, set up for small files that say the same every time."""
     try:
         import matplotlib
     except ImportError:
         raise UserError("the pictures need matplotlib: pip install matplotlib")
     matplotlib.use("svg")
-    matplotlib.rcParams.update({
-        "font.size": 9,
-        "font.family": "sans-serif",
-        "axes.titlesize": 10,
-        "legend.fontsize": 7,
-        "legend.frameon": False,
-        "lines.markersize": 4,
-        # text stays text: small, and searchable
-        "svg.fonttype": "none",
-        # no random names in the file, so that equal pictures are equal bytes
-        "svg.hashsalt": "personafuse",
-        # a background of its own, for pages in a dark theme
-        "figure.facecolor": "white",
-        "savefig.facecolor": "white",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    })
+    matplotlib.rcParams.update(STYLE)
     from matplotlib import pyplot
     return pyplot
 
-
-def make_panels(pyplot, rows, columns, width, height):
-    """A figure of some inches -> it, and its panels (rows, columns), which share their axes."""
-    size = (width, height)
-    return pyplot.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
-
-
-def save(figure, path):
-    with atomic_write(path) as tmp:
-        # without the date, which would make equal pictures differ
-        figure.savefig(tmp, format="svg", bbox_inches="tight", metadata={"Date": None})
-    kilobytes = path.stat().st_size / 1000
-    print(f"{path}: {kilobytes:.0f} kB")
-
-
-# ------------------------------------------------------------------------------- the control matrix
 
 def draw_control(pyplot, matrix):
     """matrix (10, 10) of `control_matrix`: experts in rows, poles in columns."""
     figure, axes = pyplot.subplots(figsize=(6.6, 5.6))
     limit = np.nanmax(np.abs(matrix))
-    mesh = axes.pcolormesh(matrix, cmap="RdBu", edgecolors="white")
-    mesh.set_clim(-limit, limit)
-    for i, row in enumerate(matrix):
-        for j, value in enumerate(row):
-            dark = abs(value) > 0.6 * limit
-            colour = "white" if dark else "black"
-            weight = "bold" if i == j else "normal"
-            hundredths = f"{100 * value:+.0f}"
-            axes.text(j + 0.5, i + 0.5, hundredths, color=colour, weight=weight, fontsize=8,
-                      ha="center", va="center")
+    mesh = axes.pcolormesh(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
+    for (i, j), value in np.ndenumerate(matrix):
+        colour = "white" if abs(value) > 0.6 * limit else "black"
+        axes.text(j + 0.5, i + 0.5, f"{100 * value:+.0f}", color=colour, ha="center", va="center")
     centres = np.arange(len(TRAITS)) + 0.5
     axes.set_xticks(centres, SHORT)
     axes.set_yticks(centres, TRAITS)
     axes.invert_yaxis()
-    axes.tick_params(length=0)
-    axes.set_xlabel("records that call for this pole")
-    axes.set_ylabel("expert, alone")
-    axes.set_title("How much lower than the mean expert's is its loss?\n"
+    axes.set(xlabel="records that call for this pole", ylabel="expert, alone",
+             title="How much lower than the mean expert's is its loss?\n"
                    "hundredths of a nat a token, held-out records")
-    axes.spines[:].set_visible(False)
     figure.colorbar(mesh, shrink=0.8)
     return figure
 
-
-# ---------------------------------------------------------------------------------- the map of h, e
 
 def two_axes(h, e):
     """h (n, d) and e (E, d) -> their places (n, 2), (E, 2) on the two axes along which the ten e
@@ -135,68 +97,33 @@ def two_axes(h, e):
 
 def draw_map(pyplot, h, e, p):
     """h (n, 2), e (10, 2) and p (n, 10): a panel for each trait, all of one projection."""
-    figure, panels = make_panels(pyplot, 1, 5, 12, 2.9)
-    for trait, axes in enumerate(panels.flat):
-        colour = COLOURS[trait]
-        high = 2 * trait
-        low = high + 1
-        of_high = h[p[:, high] == 1]
-        of_low = h[p[:, low] == 1]
-        of_neither = h[p[:, high] + p[:, low] == 0]
-        # first what lies at the back
-        axes.scatter(*of_neither.T, s=7, color=GREY, linewidths=0)
-        axes.scatter(*of_high.T, s=16, color=colour, linewidths=0, label="high")
-        axes.scatter(*of_low.T, s=14, color="white", edgecolors=colour, label="low")
-        star = {"s": 150, "marker": "*"}
-        axes.scatter(*e[high], color=colour, edgecolors="black", **star)
-        axes.scatter(*e[low], color="white", edgecolors=colour, **star)
-        axes.set_title(TRAITS[high].removeprefix("high "))
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.legend(loc="lower left", handletextpad=0.1)
+    figure, panels = pyplot.subplots(1, 5, figsize=(12, 2.9), sharex=True, sharey=True)
+    for trait, axes in enumerate(panels):
+        axes.scatter(*h.T, s=7, color=GREY)
+        for i, fill in ((2 * trait, COLOURS[trait]), (2 * trait + 1, "white")):
+            look = {"color": fill, "edgecolors": COLOURS[trait], "label": TRAITS[i]}
+            axes.scatter(*h[p[:, i] == 1].T, s=14, **look)
+            axes.scatter(*e[i], s=150, marker="*", **look)
+        axes.legend(loc="lower left")
     figure.suptitle("Dots: held-out queries, h, grey where neither pole is called for. Stars: the "
-                    "embeddings e of the trait's two experts.", fontsize=9, y=-0.01)
-    figure.tight_layout()
+                    "embeddings e of the trait's two experts.", y=-0.01)
     return figure
 
 
-# -------------------------------------------------------------------------------------- the curves
-
-def read_curves(path):
-    """A run's metrics.jsonl -> {stage: {name of a loss: values}}, steps only."""
-    curves = {}
-    for _, line in read_lines(path):
-        metrics = json.loads(line)
-        if "held_out" in metrics:
-            continue
-        stage = curves.setdefault(metrics["stage"], {})
-        for name in LOSSES:
-            if name in metrics:
-                stage.setdefault(name, []).append(metrics[name])
-    return curves
-
-
-def draw_curves(pyplot, curves):
-    """curves of `read_curves`: a panel for each stage, pale the steps, dark their running mean."""
-    # axes of their own: the stages have different losses
+def draw_curves(pyplot, path):
+    """The metrics.jsonl of a run: a panel for each stage."""
     figure, panels = pyplot.subplots(1, 3, figsize=(10.2, 2.7))
-    window = np.ones(SMOOTHED) / SMOOTHED
+    steps = [json.loads(line) for _, line in read_lines(path)]
     for stage, axes in enumerate(panels, 1):
-        for name, values in curves.get(stage, {}).items():
-            steps = np.arange(1, len(values) + 1)
-            label, colour = LOSSES[name]
-            axes.plot(steps, values, color=colour, alpha=0.25)
-            if len(values) >= SMOOTHED:
-                smooth = np.convolve(values, window, mode="valid")
-                axes.plot(steps[SMOOTHED - 1:], smooth, color=colour, label=label)
+        own = [step for step in steps if step["stage"] == stage and "held_out" not in step]
+        for name in ("lm", "contrastive", "trait"):
+            values = [step[name] for step in own if name in step]
+            if values:
+                axes.plot(range(1, len(values) + 1), values, label=f"L_{name}")
                 axes.legend()
-        axes.set_title(STAGES[stage])
-        axes.set_xlabel("step")
-    figure.tight_layout()
+        axes.set(title=f"stage {stage}", xlabel="step")
     return figure
 
-
-# ---------------------------------------------------------------------------------------- the bars
 
 def telling_queries(w, count=6):
     """The queries with the largest weights, one for each of `count` experts -> their indices.
@@ -205,84 +132,65 @@ def telling_queries(w, count=6):
     """
     chosen = {}
     for i in np.argsort(-w.max(axis=1)):
-        expert = w[i].argmax()
-        chosen.setdefault(expert, i)
+        chosen.setdefault(w[i].argmax(), i)
     return list(chosen.values())[:count]
 
 
 def draw_bars(pyplot, queries, w, p):
     """Queries (6 strings), their weights (6, 10) and p (6, 10)."""
-    figure, panels = make_panels(pyplot, 2, 3, 11, 5.4)
-    places = np.arange(len(TRAITS))
-    uniform = 1 / len(TRAITS)
+    figure, panels = pyplot.subplots(2, 3, figsize=(11, 5.4), sharex=True, sharey=True)
     for axes, query, weights, active in zip(panels.flat, queries, w, p):
-        bars = axes.barh(places, weights, color=GREY)
-        for i in np.flatnonzero(active):
-            bars[i].set_color(COLOURS[i // 2])
-        axes.axvline(uniform, color="black", linewidth=0.6, linestyle=":")
+        colours = [COLOURS[i // 2] if active[i] else GREY for i in range(len(TRAITS))]
+        axes.barh(TRAITS, weights, color=colours)
         title = textwrap.fill(query, 46, max_lines=3, placeholder=" ...")
         # a dollar sign would begin a formula
-        title = title.replace("$", r"\$")
-        axes.set_title(title, fontsize=8, loc="left")
-        axes.set_yticks(places, TRAITS)
-        axes.tick_params(axis="y", length=0)
-    panels[0][0].invert_yaxis()
-    figure.suptitle("The router's weights. Coloured: the poles of the record; dotted: uniform "
-                    "weights.", fontsize=9, y=0.0)
+        axes.set_title(title.replace("$", r"\$"), loc="left")
+    panels[0, 0].invert_yaxis()
+    figure.suptitle("The router's weights. Coloured: the poles of the record.", y=0.0)
     figure.tight_layout()
     return figure
 
 
-# ----------------------------------------------------------------------------------------- the dial
-
-def draw_steering(pyplot, dials):
-    """dials of `measure_steering`: a panel for each pole."""
-    figure, panels = make_panels(pyplot, 2, 5, 12, 4.8)
-    for i, (pole, dial) in enumerate(dials.items()):
-        axes = panels[i % 2][i // 2]
-        colour = COLOURS[i // 2]
-        opposite = TRAITS[OPPOSITE[i]]
-        axes.plot(DIAL, dial["own"], "o-", color=colour, label=pole)
-        axes.plot(DIAL, dial["opposite"], "o--", color=GREY, label=opposite)
-        axes.set_title(f"expert: {pole}")
-        axes.legend(title="records of", title_fontsize=7)
-    for axes in panels[1]:
-        axes.set_xlabel("weight of the expert")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("loss per token")
+def draw_steering(pyplot, model, examples, p):
+    """A panel for each pole, own records and opposite's, as its expert's weight grows."""
+    figure, panels = pyplot.subplots(2, 5, figsize=(12, 4.8), sharex=True, sharey=True)
+    for i, axes in enumerate(panels.T.flat):
+        opposite = OPPOSITE[i]
+        losses = turn_dial(model, examples, i, p)
+        own_curve, opposite_curve, *_ = measure_dial(losses, p[:, i], p[:, opposite])
+        axes.plot(DIAL, own_curve, "o-", color=COLOURS[i // 2], label=TRAITS[i])
+        axes.plot(DIAL, opposite_curve, "o--", color=GREY, label=TRAITS[opposite])
+        axes.set(title=f"expert: {TRAITS[i]}", xlabel="its weight", ylabel="loss per token")
+        axes.legend(title="records of")
     figure.tight_layout()
     return figure
 
-
-# --------------------------------------------------------------------------------------------- main
 
 def draw_all(args):
     pyplot = import_pyplot()
-    base = read_settings(args.run)["base"]
-    device = pick_device(args.device, base)
-    model, settings = load_experts_run(args.run, device, args.dtype)
-    records, examples = held_out_examples(model, settings)
+    args.device = pick_device(args.device)
+    model, settings = load_experts_run(args.run, args)
+    records, examples = held_out_examples(model, settings, args)
     p = activations(records)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-
-    curves = read_curves(Path(args.run) / "metrics.jsonl")
-    save(draw_curves(pyplot, curves), out / "curves.svg")
+    figures = {"curves": draw_curves(pyplot, Path(args.run) / "metrics.jsonl")}
     if model.router:
-        h = model.embed([example.query for example in examples])
-        places = two_axes(h, model.router.e)
-        places = [xy.cpu().numpy() for xy in places]
-        figure = draw_map(pyplot, *places, p)
-        save(figure, out / "map.svg")
+        h = model.embed([example.query for example in examples]).detach()
+        places = [xy.cpu().numpy() for xy in two_axes(h, model.router.e)]
+        figures["map"] = draw_map(pyplot, *places, p)
         w = model.router.weights(h).cpu().numpy()
         chosen = telling_queries(w)
         queries = [records[i]["query"] for i in chosen]
-        figure = draw_bars(pyplot, queries, w[chosen], p[chosen])
-        save(figure, out / "bars.svg")
-    matrix = control_matrix(expert_losses(model, examples), p)
-    save(draw_control(pyplot, matrix), out / "control.svg")
-    dials = measure_steering(model, examples, p)
-    save(draw_steering(pyplot, dials), out / "steering.svg")
+        figures["bars"] = draw_bars(pyplot, queries, w[chosen], p[chosen])
+    figures["control"] = draw_control(pyplot, control_matrix(expert_losses(model, examples), p))
+    figures["steering"] = draw_steering(pyplot, model, examples, p)
+
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        path = Path(args.out) / f"{name}.svg"
+        with atomic_write(path) as tmp:
+            # without the date, which would make equal pictures differ
+            figure.savefig(tmp, format="svg", bbox_inches="tight", metadata={"Date": None})
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 def main():
@@ -290,8 +198,9 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--run", required=True, metavar="DIR", help="a folder that train.py wrote")
-    add("--out", default=str(HERE / "docs" / "figures"), metavar="DIR",
-        help="where the pictures go (default: docs/figures)")
+    add("--out", default=str(HERE / "docs" / "figures"), metavar="DIR")
+    add("--data", help="the records, where they are not found")
+    add("--limit", type=int, help="only so many held-out records")
     add("--device", default="auto")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     draw_all(parser.parse_args())

@@ -12,15 +12,23 @@ import argparse
 import hashlib
 import json
 import os
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
-from data import PERSONA_COT, PROMPTS, TRAITS, check_record, parse_answer
+import numpy as np
+from tqdm import tqdm
+
+from data import TRAITS, check_record
 from experiments.asking import Answer, model_answers, server_answers
+from experiments.persona_cot import PERSONA_COT, PROMPTS, parse_answer
 from experiments.sources import SOURCES, sample_queries
-from plumbing import UserError, atomic_write, read_lines, run_program
+from plumbing.files import (UserError, atomic_write, number, read_json, read_lines, run_program,
+                            write_json)
+
+
+# what lies beside OUT
+DROPPED = ".dropped.jsonl"
+SETTINGS = ".settings.json"
 
 
 # ------------------------------------------------------------------------------- queries to records
@@ -31,20 +39,23 @@ def generate_records(args):
     Records are appended to OUT, queries that are dropped to OUT.dropped.jsonl with the reason; a
     query in neither is still to do. OUT.settings.json says what they are made with.
     """
-    keys = answer_keys(args)
     queries = read_queries(args.queries)
-    settings = output_settings(args, queries, keys)
-    begun = check_output(args.out, settings)
-    queries = queries[:args.n]
-
+    # the keys of a record that hold answers, each made by one of PROMPTS
+    keys = ["response"] + ["naive_response"] * args.naive
+    keys += ["human_like_response"] * args.human_like
+    settings = {"queries": digest(queries), "model": args.model, "answers": keys,
+                "max_new_tokens": args.max_new_tokens,
+                "prompts": digest(PROMPTS[key] for key in keys)}
+    check_output(args.out, settings)
     # what an earlier run has done stays done
-    outcomes = read_outcomes(args.out)
-    todo = [query for query in queries if query not in outcomes]
-    counts = Counter(outcomes[query] for query in queries if query in outcomes)
-    progress = Progress(len(queries), counts)
+    done = read_outcomes(args.out)
+    counts = Counter(done.values())
+    todo = [query for query in queries if query not in done]
 
     failures = 0
     failures_in_a_row = 0
+    # delayed, so that a server that is down is said in one line
+    progress = tqdm(total=len(queries), initial=len(done), delay=1)
     for query, answers in answer_queries(args, todo, keys):
         try:
             outcome, record = conclude(query, answers)
@@ -57,15 +68,13 @@ def generate_records(args):
             if failures_in_a_row == 3:
                 break
             continue
-
-        # only now: a run that fails at once leaves no trace
-        if not begun:
-            append_line(settings_path(args.out), settings)
-            begun = True
-        append_line(args.out if outcome == "kept" else dropped_path(args.out), record)
         failures_in_a_row = 0
+        # only now: a run that fails at once leaves no trace
+        write_json(args.out + SETTINGS, settings)
+        append_line(args.out if outcome == "kept" else args.out + DROPPED, record)
         counts[outcome] += 1
-        progress.show()
+        progress.update()
+    progress.close()
 
     if failures:
         raise UserError(f"{failures} queries got no answer ({problem}). Of {len(queries)}, "
@@ -74,48 +83,24 @@ def generate_records(args):
     print(f"{args.out}: {tally(counts)} of {len(queries)} queries")
 
 
-def answer_keys(args):
-    """Which answers a record holds: keys of PROMPTS."""
-    keys = ["response"]
-    if args.naive:
-        keys.append("naive_response")
-    if args.human_like:
-        keys.append("human_like_response")
-    return keys
-
-
-def output_settings(args, queries, keys):
-    """All that decides what is written: records made with other settings are not mixed."""
-    return {
-        "queries": digest(queries),
-        "model": args.model,
-        "answers": keys,
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "seed": args.seed,
-        "prompts": digest(PROMPTS[key] for key in keys),
-    }
-
-
 def answer_queries(args, queries, keys):
     """Yield (query, {key: its answer or an exception}) once all answers of a query are there."""
     jobs = [(query, key) for query in queries for key in keys]
-    if not jobs:
-        return
     # replace, not format: a query may hold braces of its own
     prompts = [PROMPTS[key].replace("{query}", query) for query, key in jobs]
     # answers come in the order in which they end: a query's may be far apart
-    collected = {}
+    collected = {query: {} for query in queries}
     for i, answer in answer_prompts(args, prompts):
         query, key = jobs[i]
-        answers = collected.setdefault(query, {})
-        answers[key] = answer
-        if len(answers) == len(keys):
+        collected[query][key] = answer
+        if len(collected[query]) == len(keys):
             yield query, collected.pop(query)
 
 
 def answer_prompts(args, prompts):
-    return server_answers(args, prompts) if args.server else model_answers(args, prompts)
+    if args.server:
+        return server_answers(args.server, args.model, prompts, args.max_new_tokens, args.workers)
+    return model_answers(args.model, prompts, args.max_new_tokens, args.workers)
 
 
 def conclude(query, answers):
@@ -124,49 +109,23 @@ def conclude(query, answers):
     The outcome is "kept", or the reason to drop the query. OSError: a server did not answer.
     """
     try:
-        return "kept", make_record(query, answers)
+        for answer in answers.values():
+            if isinstance(answer, Exception):
+                raise answer
+            if answer.cut:
+                raise ValueError("cut off by the token limit")
+        record = {"query": query, **parse_answer(answers["response"].text)}
+        for key, answer in answers.items():
+            if key != "response":
+                record[key] = answer.text.strip()
+        del record["p"]         # it follows from the traits
+        check_record(record, tuple(answers))
+        return "kept", record
     except ValueError as error:
         outcome = str(error).split(":")[0]      # the reason alone: they are counted
         # the answers stay beside the reason, to see what a prompt or a parser has to learn
         texts = [answer.text for answer in answers.values() if isinstance(answer, Answer)]
         return outcome, {"query": query, "reason": outcome, "answers": texts}
-
-
-def make_record(query, answers):
-    """A query and {key: Answer or an exception} -> its record, or ValueError with the reason."""
-    for answer in answers.values():
-        if isinstance(answer, Exception):
-            raise answer
-        if answer.cut:
-            raise ValueError("cut off by the token limit")
-    record = {"query": query, **parse_answer(answers["response"].text)}
-    for key, answer in answers.items():
-        if key != "response":
-            record[key] = answer.text.strip()
-    del record["p"]         # it follows from the traits
-    check_record(record, tuple(answers))
-    return record
-
-
-class Progress:
-    """Says on standard error, every 5 seconds and at the end, how many queries are done."""
-
-    def __init__(self, total, counts):
-        self.total = total
-        self.counts = counts
-        self.done_before = counts.total()
-        self.start = time.time()
-        self.shown = 0.0
-
-    def show(self):
-        now = time.time()
-        done = self.counts.total()
-        if now - self.shown <= 5 and done < self.total:
-            return
-        self.shown = now
-        rate = (done - self.done_before) / (now - self.start)
-        print(f"{done} of {self.total} queries, {rate:.2f} a second: {tally(self.counts)}",
-              file=sys.stderr)
 
 
 def tally(counts):
@@ -178,14 +137,6 @@ def tally(counts):
 
 # -------------------------------------------------------------------------------------------- files
 
-def dropped_path(out):
-    return f"{out}.dropped.jsonl"
-
-
-def settings_path(out):
-    return f"{out}.settings.json"
-
-
 def digest(texts):
     """Whether texts are the same is told by their hash: settings are for people to read."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
@@ -194,13 +145,13 @@ def digest(texts):
 def read_queries(path):
     """The distinct queries of a file, in order: one a line in a .txt, else JSONL with a `query`."""
     queries = {}                    # a dict keeps the order, a set would not
-    for number, line in read_lines(path):
+    for n, line in read_lines(path):
         try:
             query = line if str(path).endswith(".txt") else json.loads(line)["query"]
             # half an emoji could not be written again
             query = query.strip().encode(errors="replace").decode()
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f'{path}, line {number}: no JSON object with a text as "query" '
+            raise UserError(f'{path}, line {n}: no JSON object with a text as "query" '
                             "(plain lines: call the file .txt)")
         if query:
             queries[query] = True
@@ -210,10 +161,9 @@ def read_queries(path):
 
 
 def check_output(out, settings):
-    """Whether OUT was begun already, with these settings; UserError where it is of others."""
-    begun = read_whole_lines(settings_path(out))
-    if begun:
-        saved = begun[0]
+    """UserError unless OUT is new, or was begun with these settings."""
+    if os.path.exists(out + SETTINGS):
+        saved = read_json(out + SETTINGS, "")
         changed = [f"{name} ({saved.get(name)}, now {value})"
                    for name, value in settings.items() if saved.get(name) != value]
         if changed:
@@ -224,33 +174,24 @@ def check_output(out, settings):
                         "give another --out")
     elif not os.access(Path(out).resolve().parent, os.W_OK):
         raise UserError(f"the folder of {out} is not there, or cannot be written to")
-    return bool(begun)
 
 
 def read_outcomes(out):
     """What became of the queries that are done -> {query: "kept" or the reason to drop it}."""
     outcomes = {}
-    for path in (dropped_path(out), out):
-        for record in read_whole_lines(path):
-            outcomes[record["query"]] = record.get("reason", "kept")
+    for path in (out + DROPPED, out):
+        if os.path.exists(path):
+            cut_half_line(path)
+            for _, line in read_lines(path):
+                record = json.loads(line)
+                outcomes[record["query"]] = record.get("reason", "kept")
     return outcomes
 
 
-def read_whole_lines(path):
-    """The records of a JSONL file whose writer may have been interrupted, [] where there is none.
-
-    A half-written last line is cut off, so that the next one does not stick to it.
-    """
-    if not os.path.exists(path):
-        return []
-    try:
-        content = Path(path).read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            os.truncate(path, end)
-        return [json.loads(line) for line in content[:end].splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot go on with {path}: {error}")
+def cut_half_line(path):
+    """A writer that was interrupted may have left half a line: the next must not stick to it."""
+    content = Path(path).read_bytes()
+    os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def append_line(path, record):
@@ -262,7 +203,7 @@ def append_line(path, record):
             file.flush()
             os.fsync(file.fileno())     # an answer may have cost money: not even a crash loses it
     except OSError as error:
-        read_whole_lines(path)      # cuts off what stands there of the line
+        cut_half_line(path)
         raise UserError(f"cannot write {path}: {error.strerror}; its lines are whole; make room, "
                         "then repeat the command")
 
@@ -276,50 +217,47 @@ def show_query(args):
     _, answer = next(answer_prompts(args, [prompt]))
     if isinstance(answer, Exception):
         raise UserError(f"no answer: {answer}")
-    print(f"{' the answer ':-^100}\n{answer.text}")
-    print(f"{' what is read in it ':-^100}")
-    try:
-        record = make_record(args.query, {"response": answer})
-    except ValueError as error:
-        print(f"dropped: {error}")
+    print(f"{' the answer ':-^100}\n{answer.text}\n{' what is read in it ':-^100}")
+    outcome, record = conclude(args.query, {"response": answer})
+    if outcome != "kept":
+        print(f"dropped: {outcome}")
         return
-    for key, value in record.items():
-        print(f"{key}: {value}")
-    print(f"p: {list(check_record(record)['p'])}")
+    for key, value in check_record(record).items():
+        print(f"{key}: {list(value) if key == 'p' else value}")
 
 
 def write_queries(args):
     """Sample queries and write them as JSONL."""
     queries = sample_queries(args.source.split(","), args.n, args.seed, args.field, args.rows)
     with atomic_write(args.out) as tmp:
-        tmp.write_text("".join(json.dumps(record) + "\n" for record in queries))
+        tmp.write_text("".join(json.dumps(record) + "\n" for record in queries), encoding="utf-8")
 
 
 def check_file(args):
     """Name every line that is no record; then show how poles, sets of traits and lengths fall."""
     records = {}                    # by query
     bad_lines = 0
-    for number, line in read_lines(args.file):
+    for n, line in read_lines(args.file):
         try:
             record = check_record(json.loads(line))
             if record["query"] in records:
                 raise ValueError("repeats the query of an earlier line")
             records[record["query"]] = record
         except ValueError as error:
-            print(f"line {number}: {error}")
+            print(f"line {n}: {error}")
             bad_lines += 1
 
+    counts = Counter(kept=len(records))
     # what generate dropped lies beside its records
-    dropped = Counter()
-    if os.path.exists(dropped_path(args.file)):
-        for _, line in read_lines(dropped_path(args.file)):
-            dropped[json.loads(line)["reason"]] += 1
-    outcome = f"; {tally(dropped + Counter(kept=len(records)))}" if dropped else ""
-    print(f"{args.file}: {len(records)} records{outcome}")
+    if os.path.exists(args.file + DROPPED):
+        counts.update(json.loads(line)["reason"] for _, line in read_lines(args.file + DROPPED))
+    print(f"{args.file}: {len(records)} records; {tally(counts)}")
     print_traits([record["p"] for record in records.values()])
-    for key in ("query", "response", "naive_response", "human_like_response"):
-        print_lengths(key, [record.get(key) for record in records.values()])
-
+    for key in ("query", *PROMPTS):
+        lengths = [len(record[key].split()) for record in records.values() if key in record]
+        if lengths:
+            low, first, third, high = np.percentile(lengths, [0, 25, 75, 100]).astype(int)
+            print(f"{key}: {low} to {high} words, half of them {first} to {third}")
     if bad_lines:
         raise UserError(f"{args.file}: {bad_lines} bad lines")
     if not records:
@@ -331,96 +269,69 @@ def print_traits(activations):
     total = max(len(activations), 1)
     for i, trait in enumerate(TRAITS):
         n = sum(p[i] for p in activations)
-        bar = "█" * round(60 * n / total)
-        print(f"  {trait:22}{n:7} {n / total:6.1%}  {bar}")
-
-    sets = Counter()
-    for p in activations:
-        sets[", ".join(trait for trait, active in zip(TRAITS, p) if active)] += 1
+        print(f"  {trait:22}{n:7} {n / total:6.1%}  {'█' * round(60 * n / total)}")
+    sets = Counter(activations)
     print(f"{len(sets)} sets of traits, the commonest:")
-    for traits, n in sets.most_common(10):
+    for p, n in sets.most_common(10):
+        traits = ", ".join(trait for trait, active in zip(TRAITS, p) if active)
         print(f"{n:9} {n / total:6.1%}  {traits}")
 
 
-def print_lengths(key, texts):
-    """The range of the texts' lengths in words, and that of the middle half."""
-    lengths = sorted(len(text.split()) for text in texts if isinstance(text, str))
-    if lengths:
-        quarter = lengths[len(lengths) // 4]
-        three_quarters = lengths[len(lengths) * 3 // 4]
-        print(f"{key}: {lengths[0]} to {lengths[-1]} words, "
-              f"half of them {quarter} to {three_quarters}")
-
-
 # ------------------------------------------------------------------------------------------ options
-
-def add_model_options(command):
-    """Who answers, and how: what `generate` and `show` share."""
-    add = command.add_argument
-    add("--model", required=True,
-        help="tiny, falcon3-10b, ..., owner/model on the hub, a folder; or its name on the server")
-    add("--server", metavar="URL",
-        help="ask this OpenAI-compatible server instead; its key in OPENAI_API_KEY")
-    add("--workers", type=int, default=16, metavar="N",
-        help="requests at a time, or sequences decoded together (16)")
-    add("--max-new-tokens", type=int, default=1024, metavar="N",
-        help="an answer that needs more is dropped (1024)")
-    add("--temperature", type=float, default=0.0, help="0 always takes the likeliest token (0)")
-    add("--seed", type=int, default=0, help="of the drawing of tokens (0)")
-    add("--device", default="auto", help="cuda, mps or cpu (the first of these that is here)")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-
 
 def make_parser():
     parser = argparse.ArgumentParser(prog="python -m experiments.generate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser(
-        "generate", help="queries to records; repeat it to go on where it stopped")
-    command.set_defaults(run=generate_records)
-    add_model_options(command)
-    add = command.add_argument
-    add("--queries", required=True, metavar="FILE",
-        help="JSONL with a `query` in each line, or .txt, one a line")
-    add("--out", required=True, metavar="FILE",
-        help="JSONL; dropped queries go to FILE.dropped.jsonl")
-    add("--n", type=int, help="only the first N queries")
-    add("--naive", action="store_true", help="add naive_response, for the Direct baseline")
-    add("--human-like", action="store_true",
-        help="add human_like_response, for the Human-Like baseline")
+    def command(name, run, help):
+        added = commands.add_parser(name, help=help)
+        added.set_defaults(run=run)
+        return added.add_argument
 
-    command = commands.add_parser("show", help="one query's way through the five steps")
-    command.set_defaults(run=show_query)
-    add_model_options(command)
-    command.add_argument("query")
+    generate = command("generate", generate_records,
+                       "queries to records; repeat it to go on where it stopped")
+    generate("--queries", required=True, metavar="FILE",
+             help="JSONL with a `query` in each line, or .txt, one a line")
+    generate("--out", required=True, metavar="FILE",
+             help="JSONL; dropped queries go to FILE.dropped.jsonl")
+    generate("--naive", action="store_true", help="add naive_response, for the Direct baseline")
+    generate("--human-like", action="store_true",
+             help="add human_like_response, for the Human-Like baseline")
 
-    command = commands.add_parser("queries", help="sample queries from public data sets or files")
-    command.set_defaults(run=write_queries)
-    add = command.add_argument
+    show = command("show", show_query, "one query's way through the five steps")
+    show("query")
+
+    # who answers, and how
+    for add in (generate, show):
+        add("--model", required=True,
+            help="tiny, falcon3-10b, ..., owner/model on the hub, a folder; or its name on the "
+                 "server")
+        add("--server", metavar="URL",
+            help="ask this OpenAI-compatible server instead; its key in OPENAI_API_KEY")
+        add("--workers", type=number(int, 1), default=16, metavar="N",
+            help="requests at a time, or sequences decoded together (16)")
+        add("--max-new-tokens", type=number(int, 1), default=1024, metavar="N",
+            help="an answer that needs more is dropped (1024)")
+
+    add = command("queries", write_queries, "sample queries from public data sets or files")
     add("--source", required=True,
         help=f"{', '.join(SOURCES)}, NAME=FILE (a copy of one of these), or FILE; "
              "or several, with commas between them")
     add("--field", help="where a FILE of your own holds the queries: a text or a list of turns")
-    add("--n", type=int, required=True,
+    add("--n", type=number(int, 1), required=True,
         help="how many, in equal parts; the paper took 100000 from the four")
-    add("--rows", type=int, metavar="N", help="read no more than N rows of a source (all)")
+    add("--rows", type=number(int, 1), help="read no more rows of a source (all)")
     add("--seed", type=int, default=0, help="of the sample (0)")
     add("--out", required=True, metavar="FILE", help="JSONL")
 
-    command = commands.add_parser("check", help="validate a data file and show its balance")
-    command.set_defaults(run=check_file)
-    command.add_argument("file")
+    check = command("check", check_file, "validate a data file and show its balance")
+    check("file")
     return parser
 
 
 def main():
     args = make_parser().parse_args()
-    # argparse has no type for a number that is at least 1, and its errors are two lines
-    for name in ("n", "rows", "workers", "max_new_tokens"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     args.run(args)
 
 

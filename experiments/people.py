@@ -19,9 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data import load_records, split
-from experiments.statistics import bootstrap, print_table, shown
-from plumbing import UserError, atomic_write, read_json, read_lines, run_program, write_json
+from experiments.answers import ask_model
+from experiments.common import run_records
+from experiments.generate import read_queries
+from experiments.statistics import bootstrap, mean_interval, print_table, shown
+from personafuse import load_run, pick_device, read_settings
+from plumbing.files import UserError, atomic_write, number, read_json, run_program, write_json
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # what became of a pair: the first contestant won, the second won, or neither
@@ -43,15 +46,14 @@ def parse_arguments():
         help="compare the one run with itself under another route; none is its bare base, cot the "
              "base with the Persona-CoT prompt")
     add("--queries", metavar="FILE",
-        help="a text file with one query a line (default: the held-out queries of the run's data)")
-    add("--n", type=int, default=50, help="pairs, of queries drawn at random")
+        help="one query a line in a .txt, or JSON lines with a `query` (default: the held-out "
+             "queries of the run's data)")
+    add("--n", type=number(int, 1), default=50, help="pairs, of queries drawn at random")
     add("--out", default="sheet.html", metavar="FILE")
-    add("--seed", type=int,
+    add("--seed", type=int, default=secrets.randbelow(2**32),
         help="of the drawn queries, their order and the sides (default: another one each time, so "
              "that nobody knows the sides from an earlier sheet; the key keeps it)")
-    add("--max-new-tokens", type=int, default=200)
-    add("--device", default="auto")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    add("--max-new-tokens", type=number(int, 1), default=200)
 
     tally = commands.add_parser("tally", help="win rates and agreement, once all have finished")
     add = tally.add_argument
@@ -62,46 +64,22 @@ def parse_arguments():
 
 # ------------------------------------------------------------------------------------------ answers
 
-def read_contestants(args):
-    """The two that are compared, as (run, route)."""
-    contestants = [(run, "learned") for run in args.run]
-    if args.route:
-        contestants.append((args.run[0], args.route))
-    if len(contestants) != 2:
-        raise UserError("two are compared: give --run twice, or --run once and --route")
-    return contestants
-
-
-def describe(run, route):
-    if route == "learned":
-        return run
-    return f"{run} --route {route}"
-
-
 def draw_queries(args, rng):
     """n different queries of the file, or of the run's held-out records, in random order."""
     if args.queries:
-        source = args.queries
-        queries = [line.strip() for _, line in read_lines(args.queries)]
+        queries = read_queries(args.queries)
     else:
-        from personafuse import read_settings
-        source = read_settings(args.run[0])["data"]
-        _, held_out = split(load_records(source))
-        queries = [record["query"] for record in held_out]
-    # once each, in the file's order, so that the seed draws the same again
-    queries = list(dict.fromkeys(queries))
-    if not 1 <= args.n <= len(queries):
-        raise UserError(f"--n {args.n}: {source} has {len(queries)} different queries to draw from")
+        _, held_out = run_records(read_settings(args.run[0]))
+        queries = list(dict.fromkeys(record["query"] for record in held_out))
+    if args.n > len(queries):
+        raise UserError(f"--n {args.n}: there are {len(queries)} different queries to draw from")
     return rng.sample(queries, args.n)
 
 
-def write_answers(run, route, queries, seed, args):
+def write_answers(run, route, queries, args):
     """The answers of one contestant to all queries, greedy."""
-    from experiments.answers import ask_model
-    from personafuse import load_run, pick_device
-    device = pick_device(args.device)
-    model, _ = load_run(run, device, args.dtype)
-    routing = argparse.Namespace(route=route, top_k=None, seed=seed)
+    model, _ = load_run(run, pick_device(), "auto")
+    routing = argparse.Namespace(route=route, top_k=None, seed=args.seed)
     return ask_model(model, queries, routing, args.max_new_tokens)
 
 
@@ -161,7 +139,13 @@ def render_page(name, visible):
 
 
 def write_sheet(args):
-    contestants = read_contestants(args)
+    # the two that are compared, as (name, run, route)
+    contestants = [(run, run, "learned") for run in args.run]
+    if args.route:
+        run = args.run[0]
+        contestants.append((f"{run} --route {args.route}", run, args.route))
+    if len(contestants) != 2:
+        raise UserError("two are compared: give --run twice, or --run once and --route")
     out = Path(args.out)
     key_file = out.with_suffix(".key.json")
     # before the models run, as they may run for long
@@ -170,13 +154,9 @@ def write_sheet(args):
     if key_file.exists():
         raise UserError(f"{key_file} is there already, and somebody's ratings may need it: "
                         "give another --out, or remove it")
-    seed = secrets.randbelow(2 ** 32) if args.seed is None else args.seed
-    rng = random.Random(seed)
+    rng = random.Random(args.seed)
     queries = draw_queries(args, rng)
-
-    answers = []
-    for run, route in contestants:
-        answers.append(write_answers(run, route, queries, seed, args))
+    answers = [write_answers(run, route, queries, args) for _, run, route in contestants]
     pairs = make_pairs(queries, answers, rng)
     if not pairs:
         raise UserError("both gave the same answer to every query: there is nothing to compare")
@@ -185,15 +165,15 @@ def write_sheet(args):
     equal = len(queries) - len(pairs)
     write_json(key_file, {
         "sheet": sheet_id(visible),
-        "contestants": [describe(run, route) for run, route in contestants],
-        "seed": seed,
+        "contestants": [name for name, _, _ in contestants],
+        "seed": args.seed,
         "equal": equal,
         "pairs": pairs,
     })
     with atomic_write(out) as tmp:
         tmp.write_text(render_page(out.stem, visible), encoding="utf-8")
-    print(f"{out}: {len(pairs)} pairs; open it in a browser, or pass it on")
-    print(f"{key_file}: who wrote which answer; not for raters")
+    print(f"{out}: {len(pairs)} pairs; open it in a browser, or pass it on\n"
+          f"{key_file}: who wrote which answer; not for raters")
     if equal:
         print(f"{equal} more had the same answer on both sides, and are left out")
 
@@ -201,7 +181,7 @@ def write_sheet(args):
 # -------------------------------------------------------------------------------------------- tally
 
 def read_ratings(path):
-    """A file that the page let its rater download, as a dict."""
+    """A file that the page let its rater download, as a dict; `ratings` are (choice, why)."""
     content = read_json(path, f"there is no file {path}")
     try:
         ratings = [(rating["choice"], str(rating["why"])) for rating in content["ratings"]]
@@ -239,11 +219,10 @@ def check_complete(raters, key, key_file):
         if len(rated) != n or not all(rated):
             raise UserError(f"{path} rates {sum(rated)} of {n} pairs: the key stays shut until all "
                             "are rated")
-        name = rater["rater"]
-        if name in paths:
-            raise UserError(f"{paths[name]} and {path} are both by {name}: give one of them, or "
-                            "change a name")
-        paths[name] = path
+        other = paths.setdefault(rater["rater"], path)
+        if other is not path:
+            raise UserError(f"{other} and {path} are both by {rater['rater']}: give one of them, "
+                            "or change a name")
 
 
 def outcomes(ratings, pairs):
@@ -287,10 +266,8 @@ def fleiss_kappa(votes):
 
 def summary(result):
     """Outcomes (n,) -> the cells of a row: win rate with interval, pairs won, tied and lost."""
-    values = WIN[result]
-    win_rate = bootstrap(lambda indices: values[indices].mean(), len(values))
     counts = [int((result == outcome).sum()) for outcome in (FIRST, TIE, SECOND)]
-    return [shown(win_rate), *counts]
+    return [shown(mean_interval(WIN[result])), *counts]
 
 
 def print_tally(args):
@@ -306,42 +283,31 @@ def print_tally(args):
     first, second = key["contestants"]
     print(f"{first} against {second}: {len(pairs)} pairs; a tie counts half\n")
     rows = []
-    all_outcomes = []
-    for rater in raters:
-        result = outcomes(rater["ratings"], pairs)
-        all_outcomes.append(result)
+    results = [outcomes(rater["ratings"], pairs) for rater in raters]
+    for rater, result in zip(raters, results):
         choices = [choice for choice, _ in rater["ratings"]]
         place = f"{choices.count(1)} of {len(choices) - choices.count(0)}"
         rows.append([rater["rater"], *summary(result), place])
-    votes = count_votes(np.array(all_outcomes))
+    votes = count_votes(np.array(results))
     if len(raters) > 1:
         rows.append(["majority", *summary(majority(votes)), ""])
     print_table(["rater", f"win rate of {first}", "won", "tied", "lost", "chose answer 1"], rows)
-
     if len(raters) > 1:
-        print(f"\nFleiss' kappa of {len(raters)} raters: {shown_kappa(votes)}")
+        kappa = "undefined, as all ratings are the same"
+        if not np.isnan(fleiss_kappa(votes)):
+            kappa = shown(bootstrap(lambda some: fleiss_kappa(votes[some]), len(votes)))
+        print(f"\nFleiss' kappa of {len(raters)} raters: {kappa}")
     if key.get("equal"):
         print(f"\nnot shown: {key['equal']} more with the same answer on both sides")
-    print_reasons(raters, all_outcomes, pairs, [first, second, "neither"])
 
-
-def shown_kappa(votes):
-    if np.isnan(fleiss_kappa(votes)):
-        return "undefined, as all ratings are the same"
-    return shown(bootstrap(lambda indices: fleiss_kappa(votes[indices]), len(votes)))
-
-
-def print_reasons(raters, all_outcomes, pairs, names):
-    """What the raters wrote, and for whom."""
-    lines = []
-    for rater, result in zip(raters, all_outcomes):
+    # what the raters wrote, and for whom
+    for rater, result in zip(raters, results):
         for (_, why), pair, outcome in zip(rater["ratings"], pairs, result):
             reason = " ".join(why.split())
             if reason:
+                winner = [first, second, "neither"][outcome]
                 query = " ".join(pair["query"].split())[:40]
-                lines.append(f"  {rater['rater']}, for {names[outcome]}: {reason} ({query!r}...)")
-    if lines:
-        print("\nwhy:", *lines, sep="\n")
+                print(f"  {rater['rater']}, for {winner}: {reason} ({query!r}...)")
 
 
 def main():

@@ -1,54 +1,54 @@
 """What the encoder learned (Table 6 of the paper): a linear classifier reads labels off h, for the
 trained encoder and for the one that it started from.
 
+    python -m experiments.evaluate --run out/tiny --probe data_full.json
+
+A labelled file is CLINC150's data_full.json, or a CSV with columns text and label, of which the
+texts that `held_out` picks are the test.
+
 n texts, d the encoder's width.
 """
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from data import held_out
-from experiments.statistics import bootstrap, print_table, shown, shown_difference
-from experiments.tasks.utils import read
+from experiments.common import fit_logistic
+from experiments.sources import read_file
+from experiments.statistics import mean_interval
 from personafuse import build, load_run
-from plumbing import UserError
+from plumbing.files import UserError, read_json
 
-
-# ----------------------------------------------------------------------------------- labelled texts
 
 def labelled(path):
-    """A labelled file -> its (text, label) pairs for training, and those for the test.
-
-    Either CLINC150's data_full.json or a CSV with columns text and label.
-    """
-    path = Path(path)
-    records = read(path)
+    """A labelled file -> its (text, label) pairs for training, and those for the test."""
     try:
-        if isinstance(records, dict):
-            train, test = read_clinc(path, records)
-        else:
-            train, test = read_csv(records)
-        if len({label for _, label in train}) < 2 or not test:
-            raise ValueError("fewer than two labels, or no test texts")
+        if path.suffix == ".json":
+            return read_clinc(path)
+        train = []
+        test = []
+        for row in read_file(path):
+            if row["text"]:
+                side = test if held_out(row["text"]) else train
+                side.append((row["text"], row["label"]))
+        return train, test
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: neither CLINC150's data_full.json nor a CSV with columns text "
                         f"and label ({error})")
-    return train, test
 
 
-def read_clinc(path, records):
+def read_clinc(path):
     """CLINC150 comes with its split. domains.json beside it makes ten domains and out-of-scope of
     its 150 intents: the paper's 11 classes.
     """
-    domain_of = {}
+    records = read_json(path, f"there is no {path}")
     domains = path.with_name("domains.json")
+    domain_of = {}
     if domains.exists():
-        for domain, intents in read(domains).items():
-            for intent in intents:
-                domain_of[intent] = domain
+        for domain, intents in read_json(domains, "").items():
+            domain_of |= dict.fromkeys(intents, domain)
     sides = []
     for side in ("train", "test"):
         pairs = records[side] + records[f"oos_{side}"]
@@ -56,108 +56,49 @@ def read_clinc(path, records):
     return sides
 
 
-def read_csv(records):
-    """Of a CSV file the texts that `held_out` picks are the test."""
-    train = []
-    test = []
-    for record in records:
-        text = record["text"]
-        if not text:
-            continue
-        side = test if held_out(text) else train
-        side.append((text, record["label"]))
-    return train, test
+def classify(h, y, h_test, decay=1e-4):
+    """Fit a logistic regression for each class to h (n, d) and y (n,) -> classes of h_test."""
+    std, mean = torch.std_mean(h, dim=0)
+    h, h_test = ((one - mean) / (std + 1e-6) for one in (h, h_test))
+    W, b = fit_logistic(h, F.one_hot(y).float(), decay * len(h))
+    return (h_test @ W + b).argmax(dim=1)
 
 
-# ----------------------------------------------------------------------------------- the classifier
-
-def softmax_regression(h, y, h_test, decay=1e-4):
-    """Fit p(y | h) = softmax(W h + b) to h (n, d), y (n,), standardised -> classes of h_test."""
-    mean = h.mean(dim=0)
-    std = h.std(dim=0) + 1e-6
-    h = (h - mean) / std
-    h_test = (h_test - mean) / std
-    classes = int(y.max()) + 1
-    W = torch.zeros(classes, h.shape[1], device=h.device, requires_grad=True)
-    b = torch.zeros(classes, device=h.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W, b], max_iter=300, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        value = F.cross_entropy(h @ W.T + b, y) + decay * W.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return (h_test @ W.T + b).argmax(dim=1)
+PROBE = """
+Accuracy of a linear classifier on h, in %, before and after training, and the paired difference. In
+brackets 95% intervals, by bootstrap over the test texts."""
 
 
-def embed_texts(model, pairs):
-    """The texts of (text, label) pairs -> h (n, d)."""
-    context = model.router.encoder.config.max_position_embeddings
-    queries = [model.encoder_tokenizer.encode_query(text)[:context] for text, _ in pairs]
-    return model.embed(queries)
-
-
-def class_indices(train, test, device):
-    """The labels of (text, label) pairs as indices: y (n,), and y of the test texts, -1 for a label
-    that training does not have.
-    """
+def probe(args):
+    """--probe: every run, beside the encoder that it started from -> accuracies in %."""
+    train, test = labelled(Path(args.probe))
     names = sorted({label for _, label in train})
-    index = {name: k for k, name in enumerate(names)}
-    y = [index[label] for _, label in train]
-    y_test = [index.get(label, -1) for _, label in test]
-    return torch.tensor(y, device=device), torch.tensor(y_test, device=device)
+    if len(names) < 2 or not test:
+        raise UserError(f"{args.probe} has fewer than two labels, or no test texts")
+    # -1 for a label that training does not have
+    y, y_test = (torch.tensor([names.index(label) if label in names else -1 for _, label in pairs])
+                 for pairs in (train, test))
 
+    def right(model):
+        """Which of the test texts a classifier on this model's h gets right -> (n,)."""
+        h, h_test = (model.embed(model.encode_queries([text for text, _ in pairs])).cpu()
+                     for pairs in (train, test))
+        return (classify(h, y, h_test) == y_test).double().numpy()
 
-# -------------------------------------------------------------------------------------- the program
-
-def probe(args, device, dtype):
-    """Every run of --run, beside the encoder that it started from."""
-    train, test = labelled(args.probe)
-    right = {}              # name of an encoder -> which of the test texts it gets right
-    accuracy = {}           # row of the table -> [value, low, high]
+    rows = []
     for run in args.run:
-        model, settings = load_run(run, device, dtype)
+        model, settings = load_run(run, args.device, args.dtype)
         if model.router is None:
             raise UserError(f"{run} has no trained router to probe")
-        before = f"{Path(settings['encoder']).name}, untrained, {settings['pooling']} pooling"
-        after = Path(run).name
-        # runs may share the encoder that they started from
-        if before not in right:
-            untrained = build(settings, device, dtype)
-            right[before] = classified_right(untrained, train, test)
-        if after not in right:
-            right[after] = classified_right(model, train, test)
-        accuracy[before] = percentage(right[before])
-        accuracy[after] = percentage(right[after])
-        accuracy[f"gain of {after}"] = percentage(right[after] - right[before])
-
-    y, y_test = class_indices(train, test, device)
-    classes = int(y.max()) + 1
-    if args.json:
-        sizes = {"train": len(train), "test": len(test), "classes": classes}
-        print(json.dumps({**sizes, "accuracy": accuracy}))
-        return
-    commonest = y.bincount().argmax()
-    share = (y_test == commonest).double().mean().item()
-    print(f"{len(train)} training, {len(test)} test texts, {classes} classes; "
-          f"always the commonest {100 * share:.1f}%\n")
-    lines = []
-    for name, interval in accuracy.items():
-        show = shown_difference if name.startswith("gain") else shown
-        lines.append((name, show(interval, 1)))
-    print_table(["", "accuracy in %, 95% interval"], lines)
-
-
-def classified_right(model, train, test):
-    """Which of the test texts a classifier on this model's h gets right -> zeros and ones (n,)."""
-    y, y_test = class_indices(train, test, model.device)
-    h = embed_texts(model, train)
-    h_test = embed_texts(model, test)
-    predicted = softmax_regression(h, y, h_test)
-    return (predicted == y_test).double().cpu().numpy()
-
-
-def percentage(values):
-    return bootstrap(lambda records: 100 * values[records].mean(), len(values))
+        trained = right(model)
+        # its encoder's own weights, before training
+        untrained = right(build(settings, args.device, args.dtype))
+        rows.append({
+            "name": Path(run).name,
+            "untrained": mean_interval(100 * untrained),
+            "trained": mean_interval(100 * trained),
+            "difference": mean_interval(100 * (trained - untrained)),
+        })
+    commonest = (y_test == y.bincount().argmax()).double().mean().item()
+    texts = {"training": len(train), "test": len(test), "classes": len(names)}
+    return {"probe": rows, "texts": [texts | {"always the commonest, %": 100 * commonest}]}

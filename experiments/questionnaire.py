@@ -7,15 +7,13 @@ Each item is put as a statement about the model, and each of five answers, from 
 to "very accurate", gets the probability that the model writes it. Nothing is generated.
 """
 
-import json
-
 import numpy as np
 import torch
 
 from data import TRAITS, Example
-from experiments.control import load_experts_run
-from experiments.statistics import mean_interval, print_table, shown_difference
-from plumbing import HERE, read_lines
+from experiments.common import response_losses
+from experiments.statistics import mean_interval
+from plumbing.files import HERE, read_lines
 
 ITEMS = HERE / "experiments" / "ipip50.tsv"         # trait, key (+ or -), item
 BIG_FIVE = [pole.split()[1] for pole in TRAITS[::2]]
@@ -27,19 +25,15 @@ ANSWERS = ["very inaccurate", "moderately inaccurate", "neither accurate nor ina
            "moderately accurate", "very accurate"]
 
 
-def read_items(path=ITEMS):
+def read_items():
     """The questionnaire -> a list of (trait, key, statement)."""
     items = []
     # the first line names the columns
-    for _, line in read_lines(path)[1:]:
+    for _, line in read_lines(ITEMS)[1:]:
         trait, key, item = line.strip().split("\t")
-        items.append((trait, key, statement(item)))
+        # "Don't talk a lot." -> "I don't talk a lot."
+        items.append((trait, key, f"I {item[0].lower()}{item[1:]}"))
     return items
-
-
-def statement(item):
-    """"Don't talk a lot." -> "I don't talk a lot."."""
-    return f"I {item[0].lower()}{item[1:]}"
 
 
 def score(log_probabilities, key):
@@ -48,80 +42,54 @@ def score(log_probabilities, key):
     The mean of 1 to 5 under the probabilities, made to sum to 1 over the five; a key of - turns it
     round, since agreement then speaks against the trait.
     """
-    top = log_probabilities.max(axis=1, keepdims=True)
-    probabilities = np.exp(log_probabilities - top)
-    probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
+    probabilities = torch.softmax(torch.as_tensor(log_probabilities), dim=1).numpy()
     value = probabilities @ [1, 2, 3, 4, 5]
-    reversed_key = np.array(key) == "-"
-    return np.where(reversed_key, 6 - value, value)
+    return np.where(np.array(key) == "-", 6 - value, value)
 
 
 def ask(model, items, w=None):
     """The items to the model with mixing weights w (E,), or to the bare base -> scores (50,)."""
-    answers = ", ".join(ANSWERS)
     examples = []
     for _, _, text in items:
-        prompt = model.tokenizer.encode_prompt(QUESTION.format(answers=answers, statement=text))
+        question = QUESTION.format(answers=", ".join(ANSWERS), statement=text)
+        prompt = model.tokenizer.encode_prompt(question)
         for answer in ANSWERS:
             # to its end token, so that no answer is the beginning of another
             examples.append(Example(prompt, model.tokenizer.encode_answer(answer), [], ()))
     if w is not None:
         w = w.expand(len(examples), -1)                         # (n, E), the same for all
-    nll, _, _ = model.response_nll(examples, w)
-    log_probabilities = -nll.double().cpu().numpy()
+    nll, _ = response_losses(model, examples, w)
     keys = [key for _, key, _ in items]
-    return score(log_probabilities.reshape(len(items), len(ANSWERS)), keys)
+    return score(-nll.reshape(len(items), len(ANSWERS)), keys)
 
 
-def ask_everyone(model, items):
-    """-> {"bare base": scores (50,), "high openness": ..., ...}, each expert alone at weight 1."""
+QUESTIONNAIRE = """
+The 50 items of the IPIP Big-Five factor markers, ten a trait, scored from 1 to 5 by the
+probabilities of five answers. Last, each high expert minus the low one, in brackets 95% intervals,
+by bootstrap over a trait's items."""
+
+
+def questionnaire(model, settings, args):
+    """--questionnaire: trait scores of the bare base, and of each expert alone at weight 1."""
+    items = read_items()
     scores = {"bare base": ask(model, items)}
     one_hots = torch.eye(model.experts, device=model.device)
     for pole, one_hot in zip(TRAITS, one_hots):
         scores[pole] = ask(model, items, one_hot)
-    return scores
+    return summarise(scores, items)
 
 
 def summarise(scores, items):
-    """Scores by item -> means by trait for each who was asked, and high minus low for each trait.
+    """{who was asked: scores by item} -> rows of means by trait, and high minus low.
 
     The intervals of the differences are over the ten items of the trait.
     """
     traits = np.array([trait for trait, _, _ in items])
-    means = {}
-    for name, values in scores.items():
-        means[name] = {}
-        for trait in BIG_FIVE:
-            mean = values[traits == trait].mean()
-            means[name][trait] = round(float(mean), 4)
-    differences = {}
+    rows = {name: {"name": name} for name in (*scores, "high - low")}
     for trait in BIG_FIVE:
+        own = traits == trait
+        for name, values in scores.items():
+            rows[name][trait] = round(float(values[own].mean()), 4)
         change = scores[f"high {trait}"] - scores[f"low {trait}"]
-        differences[trait] = mean_interval(change[traits == trait])
-    return {"scores": means, "high_minus_low": differences}
-
-
-def questionnaire(args, device, dtype):
-    """--questionnaire: each run's trait scores, expert by expert."""
-    items = read_items()
-    results = {}
-    for run in args.run:
-        model, _ = load_experts_run(run, device, dtype)
-        results[run] = summarise(ask_everyone(model, items), items)
-    if args.json:
-        print(json.dumps(results, indent=1))
-        return
-    print("The 50 items of the IPIP Big-Five factor markers, ten a trait, scored from 1 to 5 by\n"
-          "the probabilities of five answers. In brackets 95% intervals, by bootstrap over a\n"
-          "trait's items; = marks a difference smaller than its interval.")
-    for run, result in results.items():
-        print(f"\n{run}")
-        lines = []
-        for name, means in result["scores"].items():
-            lines.append([name, *(f"{mean:.2f}" for mean in means.values())])
-        print_table(["", *BIG_FIVE], lines)
-        print()
-        lines = []
-        for trait, difference in result["high_minus_low"].items():
-            lines.append([trait, shown_difference(difference)])
-        print_table(["", "its high expert minus its low one"], lines)
+        rows["high - low"][trait] = mean_interval(change[own])
+    return {"questionnaire": list(rows.values())}

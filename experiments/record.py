@@ -4,6 +4,10 @@ it has not seen, beside a bag of words. Everything stays inside the training spl
     python -m experiments.record                        5 folds, three seeds, under two minutes
     python -m experiments.record --folds 10 --seeds 1
     python -m experiments.record --pooling mean --steps2 300 --lr2 2e-4
+    python -m experiments.record --base smollm2         its encoder reads the queries once
+
+Stage 2 as train.py runs it. On `tiny` all of the router is trained; other encoders stay as they are,
+and only map and embeddings are trained, on what the encoder made of each query.
 
 n queries, E experts, d the encoder's width, V distinct words.
 """
@@ -12,21 +16,23 @@ import argparse
 import hashlib
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from plumbing.chat import ChatTokenizer, load_records, make_examples, router_batch, split, trait_groups
-from experiments.statistics import bootstrap, shown
-from losses import contrastive_loss, cosine, router_loss, trait_loss
-from personafuse import like_lengths, load_llama, pad
-from plumbing import HERE, MODELS, UserError, run_program
+from data import TRAITS, load_records, make_examples, split
+from experiments.common import activations, fit_logistic
+from experiments.statistics import mean_interval, print_rows
+from losses import cosine
+from personafuse import build
+from plumbing.files import HERE, number, run_program
+from plumbing.models import default_encoder, find_model
 from router import Router, average_precision
-from runs import PRESETS
+from train import PRESETS, run_stage
 
 CPU = torch.device("cpu")
-OPTIONS = ("pooling", "steps2", "batch2", "group", "lr2", "lr_e", "margin", "beta")
+OPTIONS = ("pooling", "start", "steps2", "batch2", "group", "lr2", "lr_e", "margin", "beta")
 
 
 def fold_of(record, folds):
@@ -37,82 +43,63 @@ def fold_of(record, folds):
 
 # -------------------------------------------------------------------------------------- the router
 
-def embed_all(router, examples):
-    """Persona embeddings h (n, d), without gradient."""
-    h = torch.empty(len(examples), router.e.shape[1])
+class Unsaved:
+    """A run that leaves nothing behind."""
+    stop_requested = False
+
+    def log(self, line):
+        pass
+
+    def save_due(self, step):
+        return False
+
+    def save_state(self, stage, step, tensors, done):
+        pass
+
+
+class CachedRouter(Router):
+    """A router whose encoder has read all queries before: a query is its place among them."""
+    features = None             # (n, d)
+
+    def pool(self, tokens, lengths, checkpointing=False):
+        return self.features[tokens[:, 0]]
+
+
+def read_once(model, examples):
+    """Examples -> the same, each with its place as its query, and the encoder's features (n, d)."""
     with torch.no_grad():
-        for part in like_lengths([len(example.query) for example in examples], rows=64):
-            queries, lengths = pad([examples[i].query for i in part], CPU)
-            h[part] = router.embed(queries, lengths)
-    return h
+        # a map that is not trained yet keeps the direction, and no more is used
+        features = model.embed([example.query for example in examples])
+    return [replace(example, query=[i]) for i, example in enumerate(examples)], features
 
 
-def train_router(examples, args, seed):
-    """Stage 2 alone: the base is not needed."""
-    encoder = load_llama(MODELS["tiny"][0], CPU, torch.float32)
-    router = Router(encoder, pooling=args.pooling, seed=seed)
-    router.requires_grad_(True)
-    p = torch.tensor([example.p for example in examples])
-    router.init_embeddings(embed_all(router, examples), p)
-    others = [t for name, t in router.named_parameters() if name != "e"]
-    optimizer = torch.optim.AdamW([{"params": [router.e], "peak": args.lr_e},
-                                   {"params": others, "peak": args.lr2}],
-                                  weight_decay=0.0, fused=True)
-    groups = trait_groups(examples)
-    for step in range(args.steps2):
-        batch = router_batch(examples, groups, args.batch2, args.group, step, seed).examples
-        queries, lengths = pad([example.query for example in batch], CPU)
-        p = torch.tensor([example.p for example in batch])                  # (B, E)
-        h = router.embed(queries, lengths)                                  # (B, d)
-        contrastive = contrastive_loss(cosine(h, router.e), p, args.margin)
-        loss = router_loss(contrastive, trait_loss(h, p), beta=args.beta)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
-        # up over the first 5% of the steps, then straight down to 0
-        share = min((step + 1) / (0.05 * args.steps2),
-                    (args.steps2 - step) / (0.95 * args.steps2), 1)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        optimizer.step()
-    return router
-
-
-def router_scores(training, tested, args, seed):
-    """Cosines (n, E) of the tested examples, by a router trained on the others."""
-    router = train_router(training, args, seed)
-    return cosine(embed_all(router, tested), router.e).detach().numpy()
+def router_scores(settings, features, examples, inside, args):
+    """Cosines (n, E) of all examples, by a fresh router trained on those `inside`."""
+    model = build(settings, CPU, torch.float32)
+    if features is not None:
+        model.router = CachedRouter(model.router.encoder, len(TRAITS), args.tau, args.pooling,
+                                    args.start)
+        model.router.features = features
+    run_stage(model, 2, 0, [examples[i] for i in inside], args, Unsaved())
+    with torch.no_grad():
+        h = model.embed([example.query for example in examples])
+        return cosine(h, model.router.e).numpy()
 
 
 # --------------------------------------------------------------------------------- the bag of words
 
-def bag_of_words(training, tested, C=0.2):
+def bag_of_words(records, inside, C=0.2):
     """The yardstick: logistic regression on which words a query holds, one for each pole, with the
-    penalty |W|²/2C. training, tested: records -> log-odds (n, E).
+    penalty |W|²/2C, fitted to the records `inside` -> log-odds (n, E) of all of them.
 
     C = 0.2 is the best of 0.1, 0.2, 0.3 and 0.5 in these folds.
     """
-    words = [set(re.findall(r"\w\w+", record["query"].lower())) for record in training + tested]
-    known = sorted(set().union(*words[:len(training)]))
-    column = {word: i for i, word in enumerate(known)}
-    x = torch.zeros(len(words), len(column))                                # (n, V)
-    for row, held in zip(x, words):
-        row[[column[word] for word in held if word in column]] = 1
-    x_training, x_tested = x[:len(training)], x[len(training):]
-    p = torch.tensor([record["p"] for record in training], dtype=torch.float)
-    W = torch.zeros(len(column), p.shape[1], requires_grad=True)
-    b = torch.zeros(p.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([W, b], max_iter=300, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(x_training @ W + b, p, reduction="sum")
-        loss = loss + W.square().sum() / (2 * C)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return (x_tested @ W + b).detach().numpy()
+    words = [set(re.findall(r"\w\w+", record["query"].lower())) for record in records]
+    known = sorted(set().union(*(words[i] for i in inside)))
+    x = torch.tensor([[word in own for word in known] for own in words]).float()        # (n, V)
+    p = torch.tensor(activations(records)).float()
+    W, b = fit_logistic(x[inside], p[inside], 1 / (2 * C))
+    return (x @ W + b).numpy()
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -120,48 +107,55 @@ def bag_of_words(training, tested, C=0.2):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=str(HERE / "persona_cot.jsonl"))
-    parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=3)
-    preset = PRESETS["tiny"]
+    add = parser.add_argument
+    add("--base", default="tiny")
+    add("--encoder")
+    add("--data", default=str(HERE / "persona_cot.jsonl"))
+    add("--folds", type=number(int, 2), default=5)
+    add("--seeds", type=number(int, 1), default=3)
     for name in OPTIONS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(preset[name]),
-                            default=preset[name], help=f"as in train.py ({preset[name]})")
-    args = parser.parse_args()
-    if args.folds < 2 or args.seeds < 1:
-        raise UserError("--folds is at least 2, --seeds at least 1")
-    return args
+        add(f"--{name.replace('_', '-')}", type=type(PRESETS["tiny"][name]), help="as in train.py")
+    preset = "tiny" if parser.parse_known_args()[0].base == "tiny" else "quick"
+    parser.set_defaults(**PRESETS[preset], clip=1.0, loss_alpha=1.0, checkpointing=False)
+    return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
     began = time.time()
     records, _ = split(load_records(args.data))
-    tokenizer = ChatTokenizer(MODELS["tiny"][0])
-    examples = make_examples(records, tokenizer, tokenizer, max_length=1024)
-    p = np.array([record["p"] for record in records])                       # (n, E)
+    settings = vars(args) | {
+        "base_folder": find_model(args.base),
+        "encoder_folder": find_model(args.encoder or default_encoder(args.base), "--encoder"),
+        "names": TRAITS, "rank": 1, "lora_alpha": 1, "seed": 0,
+    }
+    model = build(settings, CPU, torch.float32)
+    examples = make_examples(records, model, args.max_length)
+    features = None
+    if args.base != "tiny":
+        examples, features = read_once(model, examples)
+    p = activations(records)                                                # (n, E)
     fold = np.array([fold_of(record, args.folds) for record in records])
 
     # every query is scored once by each, in the fold in which it was not trained on
     words = np.zeros(p.shape)
     routers = np.zeros((args.seeds, *p.shape))
     for k in range(args.folds):
-        inside, outside = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-        words[outside] = bag_of_words([records[i] for i in inside], [records[i] for i in outside])
+        inside = np.flatnonzero(fold != k)
+        outside = fold == k
+        words[outside] = bag_of_words(records, inside)[outside]
         for seed in range(args.seeds):
-            routers[seed, outside] = router_scores([examples[i] for i in inside],
-                                                   [examples[i] for i in outside], args, seed)
+            args.seed = seed
+            scores = router_scores(settings, features, examples, inside, args)
+            routers[seed, outside] = scores[outside]
     of_words = average_precision(words, p)                                  # (n,)
-    of_routers = np.array([average_precision(scores, p) for scores in routers])     # (seeds, n)
-    difference = of_routers.mean(axis=0) - of_words
-    n = len(records)
-    print(f"{n} training queries, {args.folds} folds, {args.seeds} seeds: mean average precision")
-    print(f"  bag of words  {shown(bootstrap(lambda i: of_words[i].mean(), n), 3)}")
+    of_routers = [average_precision(scores, p) for scores in routers]
+    rows = [{"name": "bag of words", "mean average precision": mean_interval(of_words)}]
     for seed, precision in enumerate(of_routers):
-        figure = bootstrap(lambda i: precision[i].mean(), n)
-        print(f"  router        {shown(figure, 3)}  seed {seed}")
-    print(f"  difference    {shown(bootstrap(lambda i: difference[i].mean(), n), 3)}, paired, "
-          f"mean of the seeds; {time.time() - began:.0f} s")
+        row = {"name": f"router, seed {seed}", "mean average precision": mean_interval(precision)}
+        rows.append(row | {"difference": mean_interval(precision - of_words)})
+    print(f"{len(records)} training queries, {args.folds} folds; {time.time() - began:.0f} s")
+    print_rows(rows)
 
 
 if __name__ == "__main__":

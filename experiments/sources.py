@@ -7,7 +7,7 @@ import itertools
 import json
 from typing import NamedTuple
 
-from plumbing import UserError
+from plumbing.files import UserError, read_json
 
 
 class Source(NamedTuple):
@@ -35,77 +35,56 @@ def sample_queries(sources, n, seed, field=None, max_rows=None):
     known = set()               # over all sources: a query that two of them hold is taken once
     chosen = []
     for k, source in enumerate(sources):
-        name, path = split_source(source, field)
+        # "sharegpt" has a name alone, "FILE" a path alone
+        name, _, path = (source, "", "") if source in SOURCES else source.rpartition("=")
+        if name not in SOURCES and (name or not field):
+            raise UserError(f"--source {source}: none of {', '.join(SOURCES)}, "
+                            "and a file of your own needs --field")
         rows = itertools.islice(read_rows(name, path, seed), max_rows)
         row_field = SOURCES[name].field if name else field
         wanted = (n + k) // len(sources)        # these sum to n, even where n has a remainder
         best = heapq.nsmallest(wanted, hashed_queries(rows, row_field, seed, known))
-
         shortage = f", which is all; {wanted} were wanted" if len(best) < wanted else ""
         print(f"{source}: {len(best)} queries{shortage}")
-        for key, query in best:
-            chosen.append((key, {"query": query, "source": name or path}))
+        chosen += [(key, {"query": query, "source": name or path}) for key, query in best]
     chosen.sort(key=lambda pair: pair[0])
     return [record for _, record in chosen]
 
 
-def split_source(source, field):
-    """"sharegpt" -> (name, None); "sharegpt=FILE" -> (name, FILE); "FILE" -> ("", FILE)."""
-    if source in SOURCES:
-        return source, None
-    name, _, path = source.rpartition("=")
-    known = name in SOURCES
-    own_file = not name and field
-    if not known and not own_file:
-        raise UserError(f"--source {source}: none of {', '.join(SOURCES)}, "
-                        "and a file of your own needs --field")
-    return name, path
-
-
 def read_rows(name, path, seed):
-    """Yield the rows, as dicts, of a file, or if `path` is None of one of SOURCES on the hub."""
+    """Yield the rows, as dicts, of a file, or where there is no path of one of SOURCES."""
+    if path:
+        yield from read_file(path)
+        return
+    source = SOURCES[name]
     try:
-        if path:
-            yield from read_file(path)
-        else:
-            yield from read_hub(SOURCES[name], seed)
-    except ImportError as error:
-        package = error.name.partition(".")[0]
-        raise UserError(f"{path or name} needs another library: pip install {package}")
+        from datasets import load_dataset       # optional: only whoever asks the hub needs it
+        # streamed: the first rows come at once, and --rows spares the download of the rest
+        rows = load_dataset(source.hub, split="train", streaming=True, **source.part)
+        yield from rows.shuffle(seed=seed, buffer_size=1000)
+    except ImportError:
+        raise UserError(f"{name} needs another library: pip install datasets")
     except Exception as error:      # the hub, the network and Arrow have dozens of their own
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-        reason = getattr(error, "strerror", None) or message
-        if path:
-            raise UserError(f"cannot read {path}: {reason}")
-        raise UserError(f"cannot read {SOURCES[name].hub}: {reason}; if it is gated, ask for "
-                        "access there, then `hf auth login`; or give a copy of it: "
-                        f"--source {name}=FILE")
-
-
-def read_hub(source, seed):
-    from datasets import load_dataset
-    # streamed: the first rows come at once, and --rows spares the download of the rest
-    rows = load_dataset(source.hub, split="train", streaming=True, **source.part)
-    return rows.shuffle(seed=seed, buffer_size=1000)
+        raise UserError(f"cannot read {source.hub}: {message}; if it is gated, ask for access "
+                        f"there, then `hf auth login`; or give a copy: --source {name}=FILE")
 
 
 def read_file(path):
-    """Yield the rows of a Parquet, CSV, JSON or (any other name) JSONL file."""
-    if path.endswith(".parquet"):
-        from pyarrow.parquet import ParquetFile
-        for batch in ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+    """Yield the rows of a CSV or JSON file, or of one of any other name with JSON in each line."""
+    if str(path).endswith(".json"):
+        yield from read_json(path, f"cannot read {path}: no such file")
         return
-    with open(path, encoding="utf-8", newline="") as file:
-        if path.endswith(".csv"):
-            csv.field_size_limit(2**31 - 1)     # conversations are longer than the default field
-            yield from csv.DictReader(file)
-        elif path.endswith(".json"):
-            yield from json.load(file)
-        else:
-            for line in file:
-                if line.strip():
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if str(path).endswith(".csv"):
+                csv.field_size_limit(2**31 - 1)     # conversations are longer than the default
+                yield from csv.DictReader(file)
+            else:
+                for line in filter(str.strip, file):
                     yield json.loads(line)
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def hashed_queries(rows, field, seed, known):
@@ -116,45 +95,31 @@ def hashed_queries(rows, field, seed, known):
     """
     for row in rows:
         query = first_query(row, field)
-        if query is None or not is_english(row) or not 3 <= len(query.split()) <= 1000:
+        language = row.get("language") or row.get("langdetect") or "en"
+        if query is None or str(language).lower() not in ("en", "english"):
             continue
-        text = f"{seed} {' '.join(query.lower().split())}"
-        key = hashlib.sha256(text.encode(errors="replace")).digest()
-        if key not in known:
+        words = query.lower().split()
+        key = hashlib.sha256(f"{seed} {' '.join(words)}".encode(errors="replace")).digest()
+        if 3 <= len(words) <= 1000 and key not in known:
             known.add(key)
             yield key, query.strip()
 
 
-def is_english(row):
-    language = row.get("language") or row.get("langdetect") or "en"
-    return str(language).lower() in ("en", "english")
-
-
 def first_query(row, field):
-    """What the user says first in a row, or None where that is no text of theirs."""
-    if not isinstance(row, dict):
-        raise UserError(f"a row without {field!r}; it has a {type(row).__name__}: "
-                        "give another --field")
-    if field not in row:
-        raise UserError(f"a row without {field!r}; it has {', '.join(map(str, row))}: "
-                        "give another --field")
+    """What the user says first in a row, or None where that is no text of theirs.
+
+    A row holds a text, or the turns of a conversation: {"from": ..., "value": ...} or
+    {"role": ..., "content": ...}.
+    """
+    if not isinstance(row, dict) or field not in row:
+        has = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise UserError(f"a row without {field!r}; it has {has}: give another --field")
     value = row[field]
     if isinstance(value, list):
-        value = first_turn(value)
-    return value if isinstance(value, str) else None
-
-
-def first_turn(turns):
-    """What the user says in the first of a conversation's turns, system messages apart, or None.
-
-    A turn is {"from": ..., "value": ...} or {"role": ..., "content": ...}.
-    """
-    for turn in turns:
-        if not isinstance(turn, dict):
-            continue
-        speaker = turn.get("from", turn.get("role"))
-        if speaker == "system":
-            continue
+        turns = [turn for turn in value if isinstance(turn, dict)]
+        spoken = [turn for turn in turns if turn.get("from", turn.get("role")) != "system"]
+        first = spoken[0] if spoken else {}
         # a conversation that the assistant opens goes on from a page that is not here
-        return turn.get("value", turn.get("content")) if speaker in ("human", "user") else None
-    return None
+        asked = first.get("from", first.get("role")) in ("human", "user")
+        value = first.get("value", first.get("content")) if asked else None
+    return value if isinstance(value, str) else None

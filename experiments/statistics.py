@@ -1,4 +1,7 @@
-"""What every experiment shares: a figure with its interval, and a table to show it in."""
+"""What every experiment shares: a figure with its interval, and a table to show it in.
+
+An interval is [value, low, high]. Rows of a table are dicts of their cells by column.
+"""
 
 from typing import NamedTuple
 
@@ -16,7 +19,7 @@ class Scores(NamedTuple):
         """[value, low, high], or None where no question counts."""
         if not self.weights.sum():
             return None
-        return bootstrap(lambda i: self.points[i].sum() / self.weights[i].sum(), len(self.points))
+        return bootstrap(per_token(self.points, self.weights), len(self.points))
 
 
 def bootstrap(statistic, n, draws=1000):
@@ -37,6 +40,11 @@ def bootstrap(statistic, n, draws=1000):
 def mean_interval(values):
     """[mean, low, high] of values (n,), one of each record."""
     return bootstrap(lambda records: values[records].mean(), len(values))
+
+
+def per_token(nll, counts):
+    """Losses and numbers of tokens (n,) -> the loss per token of some records, by their indices."""
+    return lambda records: nll[records].sum() / counts[records].sum()
 
 
 def shown(interval, digits=2):
@@ -63,3 +71,23 @@ def print_table(header, rows):
     for row in [header, rule, *rows]:
         cells = [str(cell).ljust(width) for cell, width in zip(row, widths)]
         print("  ".join(cells).rstrip())
+
+
+def print_rows(rows):
+    """Rows, each {column: text, number or interval} or less -> a table of all their columns.
+
+    The column "name" has no head; one with "difference" in its name is of differences.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    header = [column.removeprefix("name") for column in columns]
+    print_table(header, [[cell(row.get(column), column) for column in columns] for row in rows])
+
+
+def cell(value, column):
+    if isinstance(value, list):
+        show = shown_difference if "difference" in column else shown
+        # 0.524, but 90.9
+        return show(value, 1 if abs(value[0]) >= 10 else 3)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else value

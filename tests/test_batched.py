@@ -16,16 +16,14 @@ def make_prompts(*lengths):
     return [torch.randint(1, 400, (n,), generator=generator).tolist() for n in lengths]
 
 
-def collect(tokens, n):
+def collect(ended, n):
     """What generate_batch yields -> the answers, and the order in which they ended."""
-    answers = [[] for _ in range(n)]
-    ended = []
-    for i, token in tokens:
-        if token is None:
-            ended.append(i)
-        else:
-            answers[i].append(token)
-    return answers, ended
+    answers = [None] * n
+    order = []
+    for i, ids in ended:
+        answers[i] = ids
+        order.append(i)
+    return answers, order
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
@@ -56,20 +54,14 @@ def test_every_row_has_the_weights_of_its_prompt(mini):
     assert answers[0] != answers[1] != answers[2] != answers[0]
 
 
-def test_a_reader_ends_a_sequence_early_and_only_that_one(mini):
+def test_repetition_is_penalized_in_each_row_by_its_own_tokens(mini):
     llama = load_llama(mini, CPU, torch.float32)
-    prompts = make_prompts(7, 3, 12, 5)
-    expected, _ = collect(generate_batch(llama, prompts, 10, set()), 4)
-    finished = set()
-    answers = [[] for _ in prompts]
-    for i, token in generate_batch(llama, prompts, 10, set(), rows=2, finished=finished):
-        if token is None:
-            continue
-        answers[i].append(token)
-        if i == 1 and len(answers[1]) == 3:
-            finished.add(1)
-    assert answers[1] == expected[1][:3]
-    assert [answers[i] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
+    prompts = make_prompts(7, 30, 12, 5)
+    plain, _ = collect(generate_batch(llama, prompts, 16, set()), 4)
+    answers, _ = collect(generate_batch(llama, prompts, 16, set(), rows=3, repetition_penalty=1.5), 4)
+    for prompt, answer in zip(prompts, answers):
+        assert answer == list(generate(llama, prompt, 16, set(), repetition_penalty=1.5))
+    assert answers != plain
 
 
 def test_generation_ends_with_the_context(mini):

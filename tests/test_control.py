@@ -10,17 +10,24 @@ import pytest
 import torch
 
 from conftest import fails_in_one_line, program, train_arguments
-from data import TRAITS, held_out, load_records
+from data import TRAITS, by_hash, held_out, load_records, split
 from experiments import control, figures
+from experiments.common import held_out_examples, run_records
 from lora import lora_layers, merge, unmerge
-from personafuse import load_run
-from plumbing import run_program
+from personafuse import load_run, read_settings
+from plumbing.files import HERE, UserError, file_sha256
 
 CPU = torch.device("cpu")
 
 
-def arguments(*runs, **changes):
-    return Namespace(run=[str(run) for run in runs], json=True, seed=0, **changes)
+ARGS = Namespace(device=CPU, dtype=torch.float32, data=None, limit=None)
+
+
+def evaluated(*arguments):
+    """What experiments.evaluate prints with --json, read."""
+    result = program("experiments.evaluate", *arguments, "--json", "--device", "cpu", "--dtype", "fp32")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 # two records, by hand: the first has high openness and low neuroticism, the second low openness
@@ -43,14 +50,15 @@ def test_ranks_count_lower_losses_and_share_places():
 
 
 def test_accuracy_and_rank_of_the_hand_made_case():
-    result = control.measure_control(LOSSES, P)
-    assert result["pairs"] == 3
-    assert result["accuracy"][0] == 50                              # (1 + 0 + 1/2) / 3
-    assert result["rank"][0] == pytest.approx((1 + 4 + 1.5) / 3, abs=1e-4)
-    assert result["by_pole"]["high openness"]["accuracy"] == [100, 100, 100]
-    assert result["by_pole"]["low openness"]["accuracy"][0] == 50
-    assert result["by_pole"]["low neuroticism"]["rank"][0] == 4
-    assert result["by_pole"]["low neuroticism"]["pairs"] == 1
+    rows = {row["name"]: row for row in control.measure_control(LOSSES, P)}
+    accuracy = {name: row["pole accuracy, %"] for name, row in rows.items()}
+    assert rows["all poles"]["pairs"] == 3
+    assert accuracy["all poles"][0] == 50                           # (1 + 0 + 1/2) / 3
+    assert rows["all poles"]["rank"][0] == pytest.approx((1 + 4 + 1.5) / 3, abs=1e-4)
+    assert accuracy["high openness"] == [100, 100, 100]
+    assert accuracy["low openness"][0] == 50
+    assert rows["low neuroticism"]["rank"][0] == 4
+    assert rows["low neuroticism"]["pairs"] == 1
 
 
 def test_the_matrix_compares_with_the_mean_expert():
@@ -73,9 +81,9 @@ def test_gain_of_a_turn_is_what_the_pole_gains_over_its_opposite():
     opposite = np.array([0, 1, 0, 0])
     # three steps of two own records, one of the opposite and one that was not measured
     losses = np.array([[3.0, 4.0, 5.0, np.nan], [2.0, 4.5, 5.0, np.nan], [1.0, 4.5, 4.0, np.nan]])
-    dial = control.measure_dial(losses, own, opposite)
-    assert dial["own"] == [4, 3.5, 2.5] and dial["opposite"] == [4, 4.5, 4.5]
-    assert dial["gain"][0] == pytest.approx(1.5 + 0.5) and dial["rising"] == 2
+    own_curve, opposite_curve, gain, rising = control.measure_dial(losses, own, opposite)
+    assert own_curve == [4, 3.5, 2.5] and opposite_curve == [4, 4.5, 4.5]
+    assert gain[0] == pytest.approx(1.5 + 0.5) and rising == 2
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +98,7 @@ def model(run):
 
 def test_an_expert_alone_is_the_base_with_that_expert_merged(model):
     model, settings = model
-    records, examples = control.held_out_examples(model, settings)
+    records, examples = held_out_examples(model, settings, ARGS)
     assert len(records) == len(examples) > 3 and all(held_out(r["query"]) for r in records)
     losses = control.expert_losses(model, examples)
     assert losses.shape == (len(examples), 10) and losses.std(axis=1).min() > 1e-3
@@ -101,36 +109,64 @@ def test_an_expert_alone_is_the_base_with_that_expert_merged(model):
         assert losses[:, i] == pytest.approx((nll / counts).numpy(), abs=1e-4)
 
 
-def test_control_and_steering_of_a_run(run, capsys):
-    control.control(arguments(run), CPU, torch.float32)
-    results = json.loads(capsys.readouterr().out)
-    control.print_control(results)
-    assert "low neuroticism" in capsys.readouterr().out
-    result = results[str(run)]
-    assert result["records"] > 3 and 0 <= result["accuracy"][0] <= 100 and 1 <= result["rank"][0] <= 10
-    assert set(result["by_pole"]) == set(TRAITS) and np.shape(result["matrix"]) == (10, 10)
+def test_control_and_steering_of_a_run(run):
+    result = program("experiments.evaluate", "--run", run, "--control", "--dtype", "fp32")
+    assert result.returncode == 0, result.stderr
+    assert "low neuroticism" in result.stdout
+    tables = evaluated("--run", run, "--control")
+    rows = {row["name"]: row for row in tables[f"{run}, control"]}
+    assert set(rows) == {"all poles", *TRAITS}
+    assert 0 <= rows["all poles"]["pole accuracy, %"][0] <= 100 and 1 <= rows["all poles"]["rank"][0] <= 10
+    matrix = tables[f"{run}, matrix"]
+    assert [row["name"] for row in matrix] == TRAITS and all(len(row) == 11 for row in matrix)
 
-    control.steering(arguments(run), CPU, torch.float32)
-    result = json.loads(capsys.readouterr().out)
-    control.print_steering(result["runs"])
-    assert "opposite's" in capsys.readouterr().out
-    curves = result["runs"][str(run)]
-    assert set(curves) == set(TRAITS)
-    assert all(len(dial["own"]) == len(dial["opposite"]) == len(result["dial"]) for dial in curves.values())
+    rows = evaluated("--run", run, "--steering", "--limit", "8")[f"{run}, steering"]
+    assert [row["name"] for row in rows[::2]] == TRAITS
+    assert all(f"w = {value}" in row for row in rows for value in control.DIAL)
 
 
-def test_a_baseline_has_no_experts_to_compare(mini, small_data, tmp_path, capsys):
+def test_a_baseline_has_no_experts_to_compare(mini, small_data, tmp_path):
     result = program(*train_arguments(mini, small_data, tmp_path / "one", "--variant", "direct"))
     assert result.returncode == 0, result.stderr
-    with pytest.raises(SystemExit) as stopped:
-        run_program(lambda: control.control(arguments(tmp_path / "one"), CPU, torch.float32))
-    assert stopped.value.code == 2
-    assert "not one for each of the 10 poles" in capsys.readouterr().err
+    result = program("experiments.evaluate", "--run", tmp_path / "one", "--control")
+    assert fails_in_one_line(result, "not one for each of the 10 poles")
+
+
+# ------------------------------------------------------------------------------------------------- the run's own data
+
+def test_the_data_of_a_run_is_found_or_missed_by_its_contents(mini, run, small_data, tmp_path):
+    settings = read_settings(run)
+    assert run_records(settings) == split(load_records(small_data))
+    first = run_records(settings, limit=3)[1]
+    assert len(first) == 3 and first == sorted(split(load_records(small_data))[1], key=by_hash)[:3]
+
+    # another file has taken its place, or nothing has
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(small_data.read_bytes())
+    lines = small_data.read_text(encoding="utf-8").splitlines(keepends=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(lines[:60]), encoding="utf-8")
+    for place, problem in ((other, "has other contents now"), (tmp_path / "none.jsonl", "is not there any more")):
+        with pytest.raises(UserError, match=f"{problem}.*--data FILE"):
+            run_records(settings | {"data": str(place)})
+    assert run_records(settings | {"data": str(other)}, data=moved) == run_records(settings)
+    # ours stands in for a copy of it
+    ours = settings | {"data": str(other), "data_sha256": file_sha256(HERE / "persona_cot.jsonl")}
+    assert len(run_records(ours)[1]) == len(split(load_records(HERE / "persona_cot.jsonl"))[1])
+
+
+def test_other_data_is_never_read_without_a_word(run, small_data, tmp_path):
+    lines = small_data.read_text(encoding="utf-8").splitlines(keepends=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(lines[:60]), encoding="utf-8")
+    result = program("experiments.evaluate", "--run", run, "--control", "--data", other, "--limit", "3")
+    assert result.returncode == 0, result.stderr
+    assert f"note: {other} is not what the run was trained on" in result.stderr
 
 
 def test_shuffled_labels(small_data, tmp_path):
     out = tmp_path / "out" / "shuffled.jsonl"
-    assert program("experiments.shuffle", "--data", small_data, "--out", out).returncode == 0
+    assert program("experiments.control", out, "--data", small_data).returncode == 0
     before = load_records(small_data)
     after = load_records(out)
     assert [r["query"] for r in after] == [r["query"] for r in before]
@@ -142,7 +178,7 @@ def test_shuffled_labels(small_data, tmp_path):
         moved += new["p"] != old["p"]
     assert moved > len(before) / 2
     assert Counter(r["p"] for r in after) == Counter(r["p"] for r in before)
-    assert fails_in_one_line(program("experiments.shuffle", "--data", tmp_path / "none.jsonl", "--out", out), "none.jsonl")
+    assert fails_in_one_line(program("experiments.control", out, "--data", tmp_path / "none.jsonl"), "none.jsonl")
 
 
 # --------------------------------------------------------------------------------------------------------- pictures

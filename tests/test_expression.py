@@ -1,7 +1,6 @@
 """The reader on hand-made texts, its equations, and the tables of expression and routing."""
 
 import json
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,15 +9,18 @@ import torch
 from conftest import program, train_arguments
 from data import held_out, load_records
 from experiments import expression, routing
+from experiments.common import break_ties
+from personafuse import read_settings
 from router import average_precision
 
 CPU = torch.device("cpu")
 
 
-def arguments(*runs, **changes):
-    settings = dict(run=[str(run) for run in runs], json=True, seed=0, top_k=None, temperature=0.7, top_p=0.9,
-                    max_new_tokens=8)
-    return Namespace(**settings | changes)
+def evaluated(*arguments):
+    """What experiments.evaluate prints with --json, read."""
+    result = program("experiments.evaluate", *arguments, "--json", "--device", "cpu", "--dtype", "fp32")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def test_words_pairs_and_punctuation():
@@ -91,31 +93,43 @@ def one_lora(mini, small_data, tmp_path_factory):
     return out
 
 
-def test_expression_of_runs(run, one_lora, small_data, capsys):
-    expression.expression(arguments(run, one_lora), CPU, torch.float32)
-    table = json.loads(capsys.readouterr().out)
-    rows = {row["name"]: row for row in table["rows"]}
+def test_expression_of_runs(run, one_lora, small_data):
+    command = "--expression", "--run", run, "--run", one_lora, "--max-new-tokens", 8
+    table = evaluated(*command)
+    rows = {row["name"]: row for row in table["expression"]}
     records = load_records(small_data)
     held = [record for record in records if held_out(record["query"])]
     training = [record for record in records if not held_out(record["query"])]
-    assert table["records"] == len(held)
+    (reading,) = table["how it was read"]
+    assert reading["records"] == len(held)
+    # the run's own, as its preset has them
+    settings = read_settings(run)
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        assert reading[name] == settings[name]
     mixed = [f"{run.name}{how}" for how in ("", ", uniform", ", random1", ", random2", ", oracle")]
     assert {"the records' responses", "bare base", "Persona-CoT prompting", *mixed, "one"} <= set(rows)
     assert "difference" not in rows["one"]
-    assert rows[run.name]["difference"][0] == pytest.approx(rows[run.name]["map"][0] - rows["one"]["map"][0], abs=2e-4)
+    figure = "mean average precision"
+    difference = rows[run.name][figure][0] - rows["one"][figure][0]
+    assert rows[run.name]["difference"][0] == pytest.approx(difference, abs=2e-4)
     # what knows nothing of the answer ranks by how common the traits are
     prior = np.mean([record["p"] for record in training], axis=0)
     p = np.array([record["p"] for record in held])
     expected = average_precision(np.tile(prior, (len(p), 1)), p).mean()
-    assert rows["always the commonest traits"]["map"][0] == pytest.approx(expected, abs=1e-4)
+    assert rows["always the commonest traits"][figure][0] == pytest.approx(expected, abs=1e-4)
+    # every word of the records is a word, few of what random weights write are
+    assert rows["the records' responses"]["words, %"] == 100 > rows["bare base"]["words, %"]
     # answers are drawn by the seed
     answers = table["answers"]
     assert len(answers["bare base"]) == len(held) and answers["bare base"] != answers[f"{run.name}, oracle"]
-    expression.expression(arguments(run, one_lora), CPU, torch.float32)
-    assert json.loads(capsys.readouterr().out)["answers"] == answers
-    expression.print_expression(table["rows"], rows["one"])
-    printed = capsys.readouterr().out.splitlines()
-    assert "difference to one" in printed[0] and len(printed) == 2 + len(rows)
+    assert evaluated(*command)["answers"] == answers
+    result = program("experiments.evaluate", *command, "--limit", 2, "--temperature", 0)
+    assert "difference" in result.stdout and "Persona-CoT prompting" in result.stdout
+
+
+def test_loops_are_phrases_of_four_words_three_times():
+    assert expression.loops("I am so happy. " * 3) and not expression.loops("I am so happy. " * 2)
+    assert not expression.loops("happy happy happy happy happy") and expression.loops("happy " * 6)
 
 
 # ---------------------------------------------------------------------------------------------------------- routing
@@ -133,8 +147,8 @@ def test_equal_weights_rank_by_chance():
     p[:, 0] = 1
     # the mean of 1/rank over ten places; taking the columns in order would give 1
     expected = (1 / np.arange(1, 11)).mean()
-    assert routing.ranking_precision(np.ones(p.shape), p).mean() == pytest.approx(expected, abs=0.02)
-    assert routing.ranking_precision(p.astype(float), p).mean() == 1
+    assert average_precision(break_ties(np.ones(p.shape)), p).mean() == pytest.approx(expected, abs=0.02)
+    assert average_precision(break_ties(p.astype(float)), p).mean() == 1
 
 
 def test_share_of_the_way():
@@ -145,19 +159,16 @@ def test_share_of_the_way():
     assert routing.covered(np.full(5, 5.0), np.full(5, 6.0), np.full(5, 4.0))[0] == 50
 
 
-def test_routing_of_a_run(run, capsys):
-    routing.routing(arguments(run, max_new_tokens=4), CPU, torch.float32)
-    result = json.loads(capsys.readouterr().out)
-    routing.print_routing(result)
-    printed = capsys.readouterr().out
-    assert ", top 3" in printed and "ranked" in printed
-    rows = {row["name"]: row for row in result[str(run)]}
-    assert rows["bare base"]["loss_share"][0] == 0 and rows["oracle"]["loss_share"][0] == 100
-    assert rows["oracle"]["map"] == [1, 1, 1]
+def test_routing_of_a_run(run):
+    table = evaluated("--routing", "--run", run, "--max-new-tokens", 4)[f"{run}, routing"]
+    rows = {row["name"]: row for row in table}
+    assert rows["bare base"]["share of loss"][0] == 0 and rows["oracle"]["share of loss"][0] == 100
+    assert rows["oracle"]["router mAP"] == [1, 1, 1]
     curve = [rows[f"tau {tau}"] for tau in routing.TAUS]
-    largest = [row["largest"] for row in curve]
-    assert largest == sorted(largest, reverse=True) and all("ranked" in row for row in curve)
+    largest = [row["largest weight"] for row in curve]
+    assert largest == sorted(largest, reverse=True) and all(f"tau {tau}, ranked" in rows for tau in routing.TAUS)
     # a temperature changes no order
-    assert len({tuple(row["map"]) for row in curve}) == 1
+    assert len({tuple(row["router mAP"]) for row in curve}) == 1
     top = [row for name, row in rows.items() if name.endswith(", top 1")]
-    assert len(top) == 1 and top[0]["largest"] == 1
+    assert len(top) == 1 and top[0]["largest weight"] == pytest.approx(1)
+    assert any(name.endswith(", top 3") for name in rows)

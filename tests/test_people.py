@@ -109,7 +109,7 @@ def test_a_sheet_from_a_run(run, tmp_path):
     queries.write_text("".join(days) + "again\nagain\n")
     out = tmp_path / "page.html"
     arguments = ["experiments.people", "sheet", "--run", run, "--queries", queries, "--n", 5,
-                 "--seed", 3, "--max-new-tokens", 40, "--dtype", "fp32"]
+                 "--seed", 3, "--max-new-tokens", 40]
     result = program(*arguments, "--route", "none", "--out", out)
     assert result.returncode == 0, result.stderr
     key = json.loads((tmp_path / "page.key.json").read_text())

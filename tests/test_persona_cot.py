@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
-import data
 from conftest import ROOT, make_model
-from experiments import asking, batched
+from data import TRAITS, ChatTokenizer
+from experiments import asking, persona_cot
 from experiments.generate import main, read_queries
-from plumbing import UserError
+from plumbing.files import UserError
 
 PROGRAM = [sys.executable, "-m", "experiments.generate"]
 
@@ -86,7 +86,7 @@ GOOD = {
     "title before heading": ("Social traits: High Agreeableness\nTask traits: none\n**Final Response**\nHere it comes:\n\n"
                              "##Response:\nDear Sam,\n\nthank you.\n\n---\n##Persona Behavior Rationale: Warm.",
                              ["High Agreeableness"], [], "Dear Sam,\n\nthank you.", "Warm."),
-    "the form, then the answer": (data.PERSONA_COT + "\n" + PLAIN, *PLAIN_TRAITS, PLAIN_RESPONSE, PLAIN_RATIONALE),
+    "the form, then the answer": (persona_cot.PERSONA_COT + "\n" + PLAIN, *PLAIN_TRAITS, PLAIN_RESPONSE, PLAIN_RATIONALE),
     "lines and lists in the response": ("Social traits: High Conscientiousness\nTask traits: none\n##Response:\n"
                                         "1. Plan: list it\n2. Do it\n\n**Task:** done\n"
                                         "##Persona Behavior Rationale: Orderly.",
@@ -105,7 +105,7 @@ BAD = {
     "stops before the answer": (PLAIN.partition("##Response")[0], "no response"),
     "empty response": ("Social traits: High Openness\n##Response:\n##Persona Behavior Rationale: ok", "no response"),
     "copies the form": ("Social traits: High Openness\n##Response:...\n##Persona Behavior Rationale:...", "no response"),
-    "gives the prompt back": (data.PERSONA_COT, "no response"),
+    "gives the prompt back": (persona_cot.PERSONA_COT, "no response"),
     "placeholder": ("Social traits: High Openness\n##Response: [Your response here]\n##Rationale: [why]", "no response"),
     "all zeros": ("Social traits: none\nTask traits: none\n##Response: Hello.", "no trait"),
     "only an answer": ("##Response: Paris.\n##Persona Behavior Rationale: It is short.", "no trait"),
@@ -115,44 +115,44 @@ BAD = {
     "middling": ("Social traits: Openness: Moderate\nTask traits: Extraversion: Medium\n##Response: Hi.", "no trait"),
     "both poles": ("Social traits: High Neuroticism\nTask traits: Low Neuroticism\n##Response: Hi.",
                    "both poles of one trait"),
-    "all ten": ("Social traits: " + ", ".join(data.TRAITS) + "\n##Response: Hi.", "both poles of one trait"),
+    "all ten": ("Social traits: " + ", ".join(TRAITS) + "\n##Response: Hi.", "both poles of one trait"),
 }
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_reads_what_models_write(name):
     text, social, task, response, rationale = GOOD[name]
-    got = data.parse_answer(text)
+    got = persona_cot.parse_answer(text)
     assert (got["social_traits"], got["task_traits"], got["response"]) == (social, task, response)
     assert rationale is None or got["rationale"] == rationale
-    assert {data.TRAITS[i].title() for i in range(10) if got["p"][i]} == {*social, *task}
+    assert {TRAITS[i].title() for i in range(10) if got["p"][i]} == {*social, *task}
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_drops_with_the_reason(name):
     text, reason = BAD[name]
     with pytest.raises(ValueError, match=f"^{reason}"):
-        data.parse_answer(text)
+        persona_cot.parse_answer(text)
 
 
 @pytest.mark.parametrize("run", ["*", "#", " ", "-", "_", "1.", "## ", "**1. ", "High ", "\n", "- ", "Step 1: "])
 def test_a_model_that_stutters_does_not_hold_us_up(run):
     start = time.process_time()
     with pytest.raises(ValueError):
-        data.parse_answer(run * (3000 // len(run)))
-    data.read_traits("High Openness: High" + run * (3000 // len(run)))
+        persona_cot.parse_answer(run * (3000 // len(run)))
+    persona_cot.read_traits("High Openness: High" + run * (3000 // len(run)))
     assert time.process_time() - start < 2
 
 
 def test_cues_are_read():
-    assert data.parse_answer(PLAIN)["social_cue"] == "The user sounds worried and a little ashamed."
-    assert data.parse_answer(GOOD["step in the heading"][0])["task_cue"] == "A story."
+    assert persona_cot.parse_answer(PLAIN)["social_cue"] == "The user sounds worried and a little ashamed."
+    assert persona_cot.parse_answer(GOOD["step in the heading"][0])["task_cue"] == "A story."
 
 
 def test_the_prompt_asks_in_the_form_that_is_read():
-    assert all(trait.title() in data.PERSONA_COT for trait in data.TRAITS)
-    assert [f"Step {i}" in data.PERSONA_COT for i in range(1, 6)] == [True] * 5
-    assert data.PROMPTS["naive_response"].replace("{query}", "Hi {x}") == "Hi {x}"
+    assert all(trait.title() in persona_cot.PERSONA_COT for trait in TRAITS)
+    assert [f"Step {i}" in persona_cot.PERSONA_COT for i in range(1, 6)] == [True] * 5
+    assert persona_cot.PROMPTS["naive_response"].replace("{query}", "Hi {x}") == "Hi {x}"
 
 
 # ------------------------------------------------------------------------------------------------------------ a server
@@ -296,7 +296,7 @@ def test_refusal_is_final_and_leaves_nothing(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more, what", [(["--model", "other"], "model"), (["--naive"], "prompts"),
-                                        (["--temperature", "1"], "temperature")])
+                                        (["--max-new-tokens", "9"], "max_new_tokens")])
 def test_out_made_with_something_else_is_refused(server, tmp_path, monkeypatch, more, what):
     generate(monkeypatch, server, tmp_path)
     before = (tmp_path / "out.jsonl").read_bytes()
@@ -393,14 +393,14 @@ def test_own_model_counts_what_it_drops(model, tmp_path, monkeypatch, capsys):
 
 def test_own_model_writes_records(model, tmp_path, monkeypatch):
     """With a model that can write: its tokens come interleaved, as batches make them."""
-    chat, said = data.ChatTokenizer(model), {0: PLAIN, 1: PLAIN.replace("That", "This")}
+    chat, said = ChatTokenizer(model), {0: PLAIN, 1: PLAIN.replace("That", "This")}
 
-    def fluent(llama, prompts, max_new_tokens, stop, rows, temperature, seed):
+    def fluent(llama, prompts, max_new_tokens, stop, rows):
         ids = {i: chat.encode(said[i]) for i in range(len(prompts))}
         for at in range(max(map(len, ids.values())) + 1):
             yield from ((i, ids[i][at] if at < len(ids[i]) else None) for i in ids if at <= len(ids[i]))
 
-    monkeypatch.setattr(batched, "generate_batch", fluent)
+    monkeypatch.setattr(asking, "generate_batch", fluent)
     own(monkeypatch, model, tmp_path, "--max-new-tokens", 1000)
     assert [(r["query"], r["response"][:4]) for r in lines(tmp_path / "out.jsonl")] == [
         ("Short one?", "That"), ("Another short one?", "This")]
@@ -474,12 +474,8 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
             run(monkeypatch, "queries", "--n", 5, "--out", tmp_path / "q.jsonl", *argv)
 
     monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    (tmp_path / "x.parquet").write_bytes(b"PAR1")
     (tmp_path / "x.jsonl").write_text('{"text": "one two three"}\n{"te')
     refused("pip install datasets", "--source", "wildchat")
-    refused("pip install pyarrow", "--source", tmp_path / "x.parquet", "--field", "text")
     refused("no/such.csv: No such file", "--source", "no/such.csv", "--field", "text")
     refused("needs --field", "--source", tmp_path / "x.jsonl")
     refused("'query'.*text", "--source", tmp_path / "x.jsonl", "--field", "query")
@@ -503,14 +499,6 @@ def test_hub_is_streamed_and_shuffled(tmp_path, monkeypatch):
     run(monkeypatch, "queries", "--source", "wildchat", "--n", 1, "--seed", 5, "--out", tmp_path / "q.jsonl")
     assert asked == [(("allenai/WildChat-1M",), {"split": "train", "streaming": True}), 5]
     assert lines(tmp_path / "q.jsonl") == [{"query": "Write two lines\nabout the sea.", "source": "wildchat"}]
-
-
-def test_parquet(tmp_path, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-    parquet.write_table(pyarrow.Table.from_pylist(WILDCHAT), tmp_path / "w.parquet")
-    run(monkeypatch, "queries", "--source", f"wildchat={tmp_path}/w.parquet", "--n", 5, "--out", tmp_path / "q.jsonl")
-    assert [r["query"] for r in lines(tmp_path / "q.jsonl")] == ["Write two lines\nabout the sea."]
 
 
 # ------------------------------------------------------------------------------------------------------- check, bad input
@@ -540,9 +528,10 @@ def test_queries_that_cannot_be_read(server, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=match):
             run(monkeypatch, "generate", "--server", server.url, "--model", "m", "--queries", tmp_path / name,
                 "--out", tmp_path / "out.jsonl")
-    for more, match in ((["--workers", 0], "--workers must"), (["--out", tmp_path / "no/out.jsonl"], "cannot be written")):
-        with pytest.raises(UserError, match=match):
-            generate(monkeypatch, server, tmp_path, *more)
+    with pytest.raises(UserError, match="cannot be written"):
+        generate(monkeypatch, server, tmp_path, "--out", tmp_path / "no/out.jsonl")
+    with pytest.raises(SystemExit):
+        generate(monkeypatch, server, tmp_path, "--workers", 0)
 
 
 def test_half_an_emoji_is_not_asked_twice(server, tmp_path, monkeypatch):

@@ -1,13 +1,13 @@
 """The questionnaire: its items, its scoring by hand, and the probabilities that it asks for."""
 
 import json
-from argparse import Namespace
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+from conftest import program
 from data import TRAITS
 from experiments import questionnaire
 from personafuse import load_run
@@ -43,9 +43,10 @@ def test_high_minus_low_is_over_the_items_of_the_trait():
     scores = {name: np.full(6, 3.0) for name in ["bare base", *TRAITS]}
     scores["high openness"] = np.array([5.0, 4.0, 1.0, 1.0, 1.0, 1.0])
     result = questionnaire.summarise(scores, items)
-    assert result["high_minus_low"]["openness"] == [1.5, 1, 2]
-    assert result["scores"]["high openness"] == {"openness": 4.5, "conscientiousness": 1, "extraversion": 1,
-                                                 "agreeableness": 1, "neuroticism": 1}
+    rows = {row.pop("name"): row for row in result["questionnaire"]}
+    assert rows["high - low"]["openness"] == [1.5, 1, 2]
+    assert rows["high openness"] == {"openness": 4.5, "conscientiousness": 1, "extraversion": 1,
+                                     "agreeableness": 1, "neuroticism": 1}
 
 
 def test_probabilities_are_those_of_whole_answers(run):
@@ -66,10 +67,11 @@ def test_probabilities_are_those_of_whole_answers(run):
     assert questionnaire.ask(model, [(trait, key, text)]) == pytest.approx([6 - value], abs=1e-4)
 
 
-def test_the_table_of_a_run(run, capsys):
-    questionnaire.questionnaire(Namespace(run=[str(run)], json=True), CPU, torch.float32)
-    result = json.loads(capsys.readouterr().out)[str(run)]
-    assert list(result["scores"]) == ["bare base", *TRAITS]
-    assert all(1 <= value <= 5 for row in result["scores"].values() for value in row.values())
-    questionnaire.questionnaire(Namespace(run=[str(run)], json=False), CPU, torch.float32)
-    assert "high neuroticism" in capsys.readouterr().out
+def test_the_table_of_a_run(run):
+    result = program("experiments.evaluate", "--run", run, "--questionnaire", "--json", "--dtype", "fp32")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)[f"{run}, questionnaire"]
+    assert [row.pop("name") for row in rows] == ["bare base", *TRAITS, "high - low"]
+    assert all(1 <= value <= 5 for row in rows[:-1] for value in row.values())
+    result = program("experiments.evaluate", "--run", run, "--questionnaire", "--dtype", "fp32")
+    assert "high neuroticism" in result.stdout

@@ -1,0 +1,273 @@
+"""Benchmarks by their authors' rules and against EleutherAI's harness, and a judge on localhost."""
+
+import json
+import sys
+import threading
+from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+from conftest import fails_in_one_line, program
+
+from experiments import benchmarks, evaluate, judges
+from experiments.benchmarks import BENCHMARKS, Question, read_questions
+from plumbing.files import UserError
+
+
+def evaluated(monkeypatch, capsys, *arguments):
+    """experiments.evaluate in this process, with --json -> what it printed, read."""
+    options = ["--device", "cpu", "--dtype", "fp32", "--json"]
+    monkeypatch.setattr(sys, "argv", ["experiments.evaluate", *options, *map(str, arguments)])
+    evaluate.main()
+    return json.loads(capsys.readouterr().out)
+
+
+# ----------------------------------------------------------------------------------------- scoring
+
+def test_emobench_wants_every_letter_right():
+    question = Question([], {"answer_q1": "B", "answer_q2": "C"}, 0, [])
+
+    def score(text):
+        return benchmarks.score_emobench(question, [text])
+
+    assert score('{"answer_q1": "B", "answer_q2": "C"}') == 1
+    assert score('So:\n```json\n{"answer_q1": "B", "answer_q2": "C"}\n```') == 1
+    assert score('{"answer_q1": "B", "answer_q2": "A"}') == 0       # the emotion is not enough
+    assert score('{"answer_q1": "A", "answer_q2": "C"}') == 0
+    for unusable in ("B and C", '{"answer_q1": "B"}', "[1]",
+                     '{"answer_q1": 1, "answer_q2": null}', ""):
+        assert score(unusable) is None
+
+
+def test_tombench_votes():
+    order = ["C", "A", "D", "B"]
+
+    def score(right, *texts):
+        question = Question([], ([order] * len(texts), right), 0, [])
+        return benchmarks.score_tombench(question, texts)
+
+    for text, vote in (("[[C]]", "D"), ("It is B. [[A]]", "C"), ("[B]", "A"), ("A or rather D", "B")):
+        assert [score(right, text) for right in "ABCD"] == [right == vote for right in "ABCD"]
+    assert score("C", "no idea") is None
+    # the majority, and in a tie whichever came first
+    assert score("A", "[[B]]", "[[D]]", "[[B]]") == 1
+    assert score("A", "[[D]]", "[[B]]", "[[D]]") == 0
+    assert score("A", "[[B]]", "[[D]]") == 1
+    assert score("A", "[[B]]", "no idea") == 1
+
+
+@pytest.mark.parametrize("answer, said", [
+    ("Angry: 0\nCalm: 6\nProud: 0\nSad: 7", 100),
+    ("Angry: 10\nCalm: 2\nProud: 1\nSad: 0", None),
+    ("Angry: 1\nCalm: 3\nProud: 5\nSad: 2 and so on", None),
+    ("I cannot say", 0),
+    ("Angry: 1\nCalm: 3\nGlad: 5\nSad: 2", 0),
+])
+def test_eq_bench_scores_as_the_harness_does(answer, said):
+    theirs = pytest.importorskip("lm_eval.tasks.eq_bench.utils").calculate_score_fullscale
+    names = ("Angry", "Calm", "Proud", "Sad")
+    reference = {f"emotion{n}": name for n, name in enumerate(names, 1)}
+    reference |= {f"emotion{n}_score": score for n, score in enumerate((0, "6", 0, "7"), 1)}
+    expected = theirs({"reference_answer_fullscale": str(reference)}, [answer])
+    question = Question([], {"Angry": 0.0, "Calm": 6.0, "Proud": 0.0, "Sad": 7.0}, 0, [])
+    found = benchmarks.score_eq_bench(question, [answer])
+    assert (found is None) is (expected["percent_parseable"] == 0)
+    assert 100 * (found or 0) == pytest.approx(expected["eqbench"])
+    assert said is None or expected["eqbench"] == said
+
+
+def test_gsm8k_reads_the_last_number():
+    question = Question([], "1,234", 0, [])
+    for text, right in (("so it is 1.\n#### 1234", 1), ("I think 1,234.", 1), ("$1234", 1),
+                        ("1234 or rather 2", 0), ("-1234", 0), ("1234\nQuestion: 5", 1),
+                        ("none", None)):
+        assert benchmarks.score_gsm8k(question, [text]) == right
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A few made records of each benchmark, in its own format and layout."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+
+    def lines(name, records):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+    both = [{"qid": str(n), "language": language, "scenario": "Ann lost her keys.",
+             "subject": "Ann"} for n, language in enumerate(["en", "zh", "en", "en"])]
+    lines("emobench/EA.jsonl", [r | {
+        "category": "Personal-Self", "question type": "Action",
+        "choices": ["Cry", "Search", "Leave", "Call"], "label": "Search"} for r in both])
+    lines("emobench/EU.jsonl", [r | {
+        "coarse_category": "emotional_cues", "emotion_label": "Worry", "cause_label": "b",
+        "emotion_choices": ["Joy", "Anger", "Fear", "Pride", "Shame", "Worry"],
+        "cause_choices": ["a", "b", "c", "d"]} for r in both])
+    for name in ("False Belief Task", "Hinting Task Test"):
+        lines(f"tombench/{name}.jsonl", [{
+            "能力\nABILITY": "Belief: Location false beliefs", "序号\nINDEX": n, "故事": "",
+            "STORY": f"Tom moved box {n}.", "QUESTION": "Where is it?", "OPTION-A": "A. Box",
+            "OPTION-B": "Bag", "OPTION-C": "Bin", "OPTION-D": "Bed", "答案\nANSWER": "B"}
+            for n in range(3)])
+    names = ("Angry", "Calm", "Proud", "Sad")
+    reference = {f"emotion{n}": name for n, name in enumerate(names, 1)}
+    reference |= {f"emotion{n}_score": v for n, v in enumerate((0, "6", 0, "7"), 1)}
+    (folder / "eq_bench").mkdir()
+    (folder / "eq_bench" / "eq_bench_v2_questions_171.json").write_text(json.dumps({
+        str(n): {"prompt": "Score each feeling.", "reference_answer_fullscale": reference}
+        for n in (1, 2, 3)}))
+    problems = [{"question": f"What is {n} and 1?", "answer": f"{n}+1\n#### {n + 1}"}
+                for n in range(10)]
+    lines("gsm8k/test.jsonl", problems[:3])
+    lines("gsm8k/train.jsonl", problems[3:])
+    return folder
+
+
+def test_each_question_has_one_right_answer_in_its_own_words(files):
+    ea = [q for q in read_questions("emobench", files) if q.groups[0] == "part: EA"]
+    assert [q.right for q in ea] == [{"answer": "B"}] * 3
+    assert ea[0].prompts[0].startswith("Ann lost her keys.") and "B) Search" in ea[0].prompts[0]
+    for question in read_questions("tombench", files):
+        orders, right = question.right
+        assert right == "B" and len(set(map(tuple, orders))) > 1
+        for prompt, order in zip(question.prompts, orders):
+            # wherever the option has gone, its letter in the file is known
+            shown = "ABCD"[order.index("B")]
+            assert f"\n{shown}) Bag\n" in prompt + "\n"
+    gsm8k = read_questions("gsm8k", files)
+    assert sorted(q.right for q in gsm8k) == ["1", "2", "3"]
+    for question in gsm8k:
+        # five worked examples, and the router reads the question alone
+        assert question.prompts[0].count("#### ") == 5
+        assert question.prompts[0].endswith(f"Question: {question.query}\nAnswer:")
+
+
+def test_every_benchmark_runs(run, files, monkeypatch, capsys):
+    table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", ",".join(BENCHMARKS),
+                      "--data", files, "--limit", 2)
+    cells = {row: cell[run.name] for row, cell in table.items()}
+    assert cells["tombench"]["chance"] == 25
+    assert cells["eq_bench"]["chance"] == cells["gsm8k"]["chance"] == 0
+    assert {cell["n"] for name, cell in cells.items() if name in BENCHMARKS} == {2}
+    assert "tombench: ability: Belief: Location false beliefs" in cells
+    assert all(len(cell["score"]) == 3 for cell in cells.values())
+    # the model knows no JSON
+    assert cells["emobench"]["unusable"] == 2 and cells["emobench"]["score"] == [0, 0, 0]
+
+
+def test_groups_have_rows_of_their_own(files):
+    questions = read_questions("emobench", files)
+    answers = [['{"answer": "B", "answer_q1": "F", "answer_q2": "A"}'] for _ in questions]
+    rows = benchmarks.score_questions("emobench", questions, answers)
+    assert rows["emobench"].mean()[0] == 50
+    assert rows["emobench: part: EA"].mean() == [100, 100, 100]
+    assert rows["emobench: EU: emotional_cues"].mean() == [0, 0, 0]
+    assert rows["emobench: part: EA"].chance == 25
+    assert rows["emobench: part: EU"].chance == pytest.approx(100 / 24)
+
+
+def test_router_reads_the_question_without_the_worked_examples(monkeypatch):
+    asked = []
+
+    def ask_model(model, prompts, args, max_new_tokens, queries):
+        asked.extend(zip(prompts, queries))
+        return [f"answer to {prompt}" for prompt in prompts]
+
+    monkeypatch.setattr(benchmarks, "ask_model", ask_model)
+    questions = [Question(["an example\n\nWhy?"], "", 0, [], "Why?"),
+                 Question(["one order", "another"], "", 0, [])]
+    answers = benchmarks.ask_questions(None, questions, None, 9)
+    assert asked == [("an example\n\nWhy?", "Why?"), ("one order", "one order"),
+                     ("another", "another")]
+    assert answers == [["answer to an example\n\nWhy?"],
+                       ["answer to one order", "answer to another"]]
+
+
+def test_benchmark_errors_say_what_to_do(run, tmp_path):
+    def fails(tasks, *more):
+        return program("experiments.evaluate", "--run", run, "--tasks", tasks, *more)
+
+    assert fails_in_one_line(fails("emobanch"), "unknown task", "emobench")
+    assert fails_in_one_line(fails("pairwise"), "--judge")
+    assert fails_in_one_line(fails("gsm8k"), "--data", "github.com/openai/grade-school-math")
+    (tmp_path / "emobench").mkdir()
+    for name in ("EA.jsonl", "EU.jsonl"):
+        (tmp_path / "emobench" / name).write_text('{"language": "en"}\n')
+    assert fails_in_one_line(fails("tombench", "--data", tmp_path), "github.com/zhchen18/ToMBench")
+    assert fails_in_one_line(fails("emobench", "--data", tmp_path), "choices", "emobench")
+    (tmp_path / "emobench" / "EA.jsonl").write_text('{"lang')
+    assert fails_in_one_line(fails("emobench", "--data", tmp_path), "cannot read", "EA.jsonl")
+
+
+# --------------------------------------------------------------------------------------- the judge
+
+@pytest.fixture
+def judge():
+    """A server that answers as an OpenAI-compatible one; `server.verdict(prompt, how often it was
+    asked)` says what.
+    """
+    asked = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            prompt = body["messages"][0]["content"]
+            asked[prompt] = asked.get(prompt, 0) + 1
+            text = server.verdict(prompt, asked[prompt])
+            choice = {"message": {"content": text}, "finish_reason": "stop"}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [choice]}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.url, server.asked = f"http://127.0.0.1:{server.server_port}", asked
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_pairs_are_judged_in_both_orders(judge):
+    args = Namespace(judge=judge.url, judge_model="judge", seed=0)
+
+    def compared(*texts):
+        points, weights, _, unusable = judges.compare_pairs(args, *texts)
+        return points.tolist(), weights.tolist(), unusable
+
+    # whoever stands first: no preference at all
+    judge.verdict = lambda prompt, n: "First is better. [[A]]"
+    assert compared(["q1", "q2"], ["ours", "ours"], ["theirs", "theirs"]) == ([100, 100], [2, 2], 0)
+
+    # what the answers say, and not where they stand
+    judge.verdict = lambda prompt, n: (
+        "[[A]]" if prompt.index("good") < prompt.index("bad") else "[[B]]")
+    assert compared(["q3"], ["good"], ["bad"]) == ([200], [2], 0)
+    assert compared(["q4"], ["bad"], ["good"]) == ([0], [2], 0)
+
+    # asked again until it can be read
+    judge.verdict = lambda prompt, n: {1: "no idea", 2: "[[A]] or [[B]]?", 3: "[[tie]]"}[n]
+    assert compared(["q5"], ["x"], ["y"]) == ([100], [2], 0)
+    judge.verdict = lambda prompt, n: "nonsense"
+    assert compared(["q6"], ["x"], ["y"])[2] == 2
+    assert max(judge.asked.values()) == 3
+
+
+def test_a_judge_who_is_not_there_is_said(run):
+    result = program("experiments.evaluate", "--run", run, "--tasks", "pairwise", "--limit", 1,
+                     "--max-new-tokens", 2, "--judge", "127.0.0.1:9", "--judge-model", "judge")
+    assert fails_in_one_line(result, "the judge at 127.0.0.1:9")
+
+
+def test_pairwise_on_the_held_out_queries(run, judge, monkeypatch, capsys):
+    judge.verdict = lambda prompt, n: "[[tie]]"
+    table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", "pairwise", "--limit", 2,
+                      "--max-new-tokens", 3, "--judge", judge.url, "--judge-model", "judge")
+    assert table["pairwise, wins over bare base"][run.name] == {
+        "score": [50, 50, 50], "n": 2, "chance": 50, "unusable": 0}
+    assert np.all([n == 1 for n in judge.asked.values()])
