@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import ROOT, make_model
-from data import TRAITS, ChatTokenizer
+from data import TRAITS
+from plumbing.chat import ChatTokenizer
 from experiments import asking, persona_cot
 from experiments.generate import main, read_queries
 from plumbing.files import UserError
