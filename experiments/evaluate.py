@@ -70,7 +70,8 @@ def parse_arguments():
     measure("--tasks", help=", ".join(TASKS))
 
     add("--data", help="the records, where they are not found; for --tasks the benchmarks' folder")
-    add("--limit", type=number(int, 1), help="only so many held-out records, or questions of a task")
+    add("--limit", type=number(int, 1),
+        help="only so many held-out records, or questions of a task")
     add("--text", metavar="FILE", help="English for --forgetting, one text a line")
     add("--route", choices=[*ROUTES, "cot"], default="learned",
         help="for --tasks; cot: the bare base answers through the Persona-CoT prompt")

@@ -133,7 +133,7 @@ def known_words(records):
 
 
 def how_they_read(answers, known):
-    """Answers -> which share of them has no loops, and which share of their words is known, in %."""
+    """Answers -> the share of them without loops, and that of their words that are known, in %."""
     if not answers:
         return {}
     words = [word for answer in answers for word in WORD.findall(answer.lower())]

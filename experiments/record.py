@@ -6,8 +6,8 @@ it has not seen, beside a bag of words. Everything stays inside the training spl
     python -m experiments.record --pooling mean --steps2 300 --lr2 2e-4
     python -m experiments.record --base smollm2         its encoder reads the queries once
 
-Stage 2 as train.py runs it. On `tiny` all of the router is trained; other encoders stay as they are,
-and only map and embeddings are trained, on what the encoder made of each query.
+Stage 2 as train.py runs it. Where the preset leaves the encoder as it is, only map and embeddings
+are trained, on what the encoder made of each query.
 
 n queries, E experts, d the encoder's width, V distinct words.
 """
@@ -68,17 +68,17 @@ class CachedRouter(Router):
 def read_once(model, examples):
     """Examples -> the same, each with its place as its query, and the encoder's features (n, d)."""
     with torch.no_grad():
-        # a map that is not trained yet keeps the direction, and no more is used
-        features = model.embed([example.query for example in examples])
+        # no map yet: it is trained on what the encoder says
+        features = model.embed([example.query for example in examples], read=model.router.pool)
     return [replace(example, query=[i]) for i, example in enumerate(examples)], features
 
 
 def router_scores(settings, features, examples, inside, args):
     """Cosines (n, E) of all examples, by a fresh router trained on those `inside`."""
-    model = build(settings, CPU, torch.float32)
+    model = build(settings, CPU, "auto")
     if features is not None:
         model.router = CachedRouter(model.router.encoder, len(TRAITS), args.tau, args.pooling,
-                                    args.start)
+                                    args.start, frozen_encoder=True)
         model.router.features = features
     run_stage(model, 2, 0, [examples[i] for i in inside], args, Unsaved())
     with torch.no_grad():
@@ -129,10 +129,10 @@ def main():
         "encoder_folder": find_model(args.encoder or default_encoder(args.base), "--encoder"),
         "names": TRAITS, "rank": 1, "lora_alpha": 1, "seed": 0,
     }
-    model = build(settings, CPU, torch.float32)
+    model = build(settings, CPU, "auto")
     examples = make_examples(records, model, args.max_length)
     features = None
-    if args.base != "tiny":
+    if not args.train_encoder:
         examples, features = read_once(model, examples)
     p = activations(records)                                                # (n, E)
     fold = np.array([fold_of(record, args.folds) for record in records])

@@ -1,11 +1,14 @@
 """Many prompts at a time against one at a time, whatever ends when and wherever it stands."""
 
+import json
+
 import pytest
 import torch
 
+from conftest import program
 from experiments.batched import generate_batch
 from lora import lora_layers
-from personafuse import generate, load_llama
+from personafuse import generate, load_llama, load_run
 from test_llama import plain_greedy
 
 CPU = torch.device("cpu")
@@ -81,3 +84,22 @@ def test_sampling_repeats_with_its_seed(mini):
         return collect(tokens, 3)[0]
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_answers_to_a_file_are_those_of_each_query(run, tmp_path):
+    (tmp_path / "queries.txt").write_text("How are you?\n\nI feel anxious\n", encoding="utf-8")
+    result = program("experiments.answers", "--run", run, tmp_path / "queries.txt", "--max-new-tokens", 6,
+                     "--temperature", 0, "--dtype", "fp32")
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["query"] for line in lines] == ["How are you?", "I feel anxious"]
+    model, _ = load_run(run, CPU, torch.float32)
+    for line in lines:
+        w = model.mixing_weights([line["query"]])
+        assert list(line["weights"].values()) == pytest.approx(w[0].tolist(), abs=1e-6)
+        prompt = model.tokenizer.encode_prompt(line["query"])
+        ids = list(generate(model.base, prompt, 6, model.tokenizer.stop, w))
+        assert line["response"] == model.tokenizer.decode(ids).strip()
+    result = program("experiments.answers", "--run", run, "--route", "none", "--max-new-tokens", 2, "--dtype", "fp32")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(lines) > 3 and all(line["weights"] is None for line in lines)
