@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.answers import ask_model
-from experiments.judges import pairwise
+from experiments.judges import JUDGED, pairwise
 from experiments.sources import read_file
 from experiments.statistics import Scores, print_table, shown
 from personafuse import load_run
@@ -37,7 +37,7 @@ class Question(NamedTuple):
 
 class Benchmark(NamedTuple):
     read: object            # folder of the files -> Questions
-    score: object           # a Question and its answers -> points from 0 to 1, or None: unusable
+    score: object           # a Question and its answers -> points from 0 to 1, or None
     max_new_tokens: int
     source: str             # where the files come from
     files: list             # those without which there is nothing to ask
@@ -47,7 +47,7 @@ class Benchmark(NamedTuple):
 
 def read_questions(name, folder):
     """All questions of a benchmark, in an order that lets --limit take some of each group."""
-    benchmark = BENCHMARKS[name]
+    benchmark = TASKS[name]
     if folder is None:
         raise UserError(f"{name} is read from files: get them from {benchmark.source}, then give "
                         "their folder with --data DIR")
@@ -218,7 +218,7 @@ def score_gsm8k(question, answers):
     return float(said == right)
 
 
-BENCHMARKS = {
+TASKS = {
     "emobench": Benchmark(
         read_emobench, score_emobench, 60,
         "https://github.com/Sahandfer/EmoBench, folder data", ["EA.jsonl", "EU.jsonl"]),
@@ -233,7 +233,6 @@ BENCHMARKS = {
         "https://github.com/openai/grade-school-math, folder grade_school_math/data",
         ["test.jsonl", "train.jsonl"]),
 }
-TASKS = [*BENCHMARKS, "pairwise"]
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -251,7 +250,7 @@ def ask_questions(model, questions, args, max_new_tokens):
 
 def score_questions(name, questions, answers):
     """{row of the table: Scores}: of all questions, then of each group."""
-    benchmark = BENCHMARKS[name]
+    benchmark = TASKS[name]
     points = [benchmark.score(*pair) for pair in zip(questions, answers)]
     members = {name: list(range(len(questions)))}
     for i, question in enumerate(questions):
@@ -274,12 +273,12 @@ def run_benchmarks(args, device, dtype):
     """Every run of --run on every benchmark of --tasks."""
     names = args.tasks.split(",")
     for name in names:
-        if name not in TASKS:
-            raise UserError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
+        if name not in TASKS and name not in JUDGED:
+            raise UserError(f"unknown task {name!r}; there are {', '.join([*TASKS, *JUDGED])}")
     # read all files before any model: what is missing is said at once
     asked = {}
     for name in names:
-        if name == "pairwise":
+        if name in JUDGED:
             if not (args.judge and args.judge_model):
                 raise UserError("pairwise needs a judge: --judge URL of an OpenAI-compatible "
                                 "endpoint, and --judge-model NAME")
@@ -294,7 +293,7 @@ def run_benchmarks(args, device, dtype):
         rows = columns[label] = {}
         for name in names:
             if name in asked:
-                answers = ask_questions(model, asked[name], args, BENCHMARKS[name].max_new_tokens)
+                answers = ask_questions(model, asked[name], args, TASKS[name].max_new_tokens)
                 rows |= score_questions(name, asked[name], answers)
             else:
                 rows |= pairwise(label, model, settings, args, opponents)

@@ -120,7 +120,8 @@ def write_template(out, tokenizer):
     if own and not tells_date(out):
         return
     settings = read_json(out / "tokenizer_config.json", "")
-    write_json(out / "tokenizer_config.json", settings | {"chat_template": None})
+    settings.pop("chat_template", None)
+    write_json(out / "tokenizer_config.json", settings)
     (out / "chat_template.jinja").write_text(chat_template(tokenizer), encoding="utf-8")
 
 
@@ -184,6 +185,9 @@ def export(model, w, folder, out):
         write_configs(model.base, folder, tmp, model.tokenizer)
         write_template(tmp, model.tokenizer)
         check_written(tmp, tensors)
+        for path in tmp.glob("*.safetensors"):
+            # they were saved for their owner alone
+            shutil.copymode(tmp / "config.json", path)
         tmp.rename(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}")

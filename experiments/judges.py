@@ -13,6 +13,8 @@ from experiments.common import run_records
 from experiments.statistics import Scores
 from plumbing.files import UserError
 
+# the names in --tasks that need one
+JUDGED = ["pairwise"]
 TRIES = 3
 PAIR = """\
 Two assistants answered the same message. Judge whose answer is better: right, helpful, fitting \
@@ -31,7 +33,11 @@ The answer of assistant B:
 Explain in a few sentences, then end with exactly one verdict: [[A]], [[B]] or [[tie]]."""
 
 # a verdict -> what A gets for it
-VERDICTS = {"A": 1.0, "tie": 0.5, "B": 0.0}
+VERDICTS = {
+    "A": 1.0,
+    "tie": 0.5,
+    "B": 0.0,
+}
 
 
 def pairwise(label, model, settings, args, opponents):
@@ -55,24 +61,30 @@ def compare_pairs(args, queries, ours, theirs):
     # in both orders, as a judge likes the first (or the last) better
     wins = ask_judge(args, queries, ours, theirs)
     losses = ask_judge(args, queries, theirs, ours)
-    points = np.stack([wins, 1 - losses])                       # (2, n)
-    usable = ~np.isnan(points)
-    return Scores(100 * np.nansum(points, axis=0), usable.sum(axis=0), 50, int((~usable).sum()))
+    points = 100 * np.stack([wins, 1 - losses])                 # (2, n)
+    unusable = np.isnan(points)
+    # a question counts as often as it has a verdict
+    weights = (~unusable).sum(axis=0)
+    return Scores(np.nansum(points, axis=0), weights, 50, int(unusable.sum()))
 
 
-def ask_judge(args, *texts):
+def ask_judge(args, queries, answers_a, answers_b):
     """Queries, answers A, answers B -> what A gets for each (n,), nan where no verdict was read."""
     prompts = []
-    for places in zip(*texts):
-        named = dict(zip(("query", "a", "b"), places))
+    for query, a, b in zip(queries, answers_a, answers_b):
+        texts = {"query": query, "a": a, "b": b}
         # one pass: a text that holds "{a}" itself says just that
-        prompts.append(re.sub(r"\{(query|a|b)\}", lambda place: named[place[1]], PAIR))
+        prompts.append(re.sub(r"\{(\w+)\}", lambda place: texts[place[1]], PAIR))
     found = np.full(len(prompts), np.nan)
     for attempt in range(TRIES):
         todo = np.isnan(found).nonzero()[0]
         # the first answer is the likeliest one: asked for again, it must be drawn
-        answers = server_answers(args.judge, args.judge_model, [prompts[i] for i in todo],
-                                 temperature=0.7 * (attempt > 0), seed=args.seed + attempt)
+        answers = server_answers(
+            args.judge, args.judge_model,
+            [prompts[i] for i in todo],
+            temperature=0.7 if attempt else 0.0,
+            seed=args.seed + attempt,
+        )
         for k, answer in answers:
             if isinstance(answer, (OSError, UserError)):
                 raise UserError(f"the judge at {args.judge} gives no answer: {answer}")

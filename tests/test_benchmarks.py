@@ -11,7 +11,7 @@ import pytest
 from conftest import fails_in_one_line, program
 
 from experiments import benchmarks, evaluate, judges
-from experiments.benchmarks import BENCHMARKS, Question, read_questions
+from experiments.benchmarks import TASKS, Question, read_questions
 from plumbing.files import UserError
 
 
@@ -146,12 +146,12 @@ def test_each_question_has_one_right_answer_in_its_own_words(files):
 
 
 def test_every_benchmark_runs(run, files, monkeypatch, capsys):
-    table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", ",".join(BENCHMARKS),
+    table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", ",".join(TASKS),
                       "--data", files, "--limit", 2)
     cells = {row: cell[run.name] for row, cell in table.items()}
     assert cells["tombench"]["chance"] == 25
     assert cells["eq_bench"]["chance"] == cells["gsm8k"]["chance"] == 0
-    assert {cell["n"] for name, cell in cells.items() if name in BENCHMARKS} == {2}
+    assert {cell["n"] for name, cell in cells.items() if name in TASKS} == {2}
     assert "tombench: ability: Belief: Location false beliefs" in cells
     assert all(len(cell["score"]) == 3 for cell in cells.values())
     # the model knows no JSON
