@@ -10,7 +10,7 @@ import numpy as np
 from experiments.answers import ask_model
 from experiments.asking import server_answers
 from experiments.common import run_records
-from experiments.statistics import Scores
+from experiments.statistics import mean_interval
 from plumbing.files import UserError
 
 # the names in --tasks that need one
@@ -42,30 +42,37 @@ VERDICTS = {
 
 def pairwise(label, model, settings, args, opponents):
     """The run's held-out queries: its answers against those of the bare base and of all runs before
-    it -> {row of the table: Scores}. `opponents` (name -> answers) gets this run's answers too.
+    it -> rows of a table. `opponents` (name -> answers) gets this run's answers too.
     """
     queries = [record["query"] for record in run_records(settings)[1]][:args.limit]
     ours = ask_model(model, queries, args, args.max_new_tokens)
     if not opponents:
         bare = type(args)(**vars(args) | {"route": "none"})
         opponents["bare base"] = ask_model(model, queries, bare, args.max_new_tokens)
-    rows = {}
+    rows = []
     for name, theirs in opponents.items():
-        rows[f"pairwise, wins over {name}"] = compare_pairs(args, queries, ours, theirs)
+        wins, unusable = compare_pairs(args, queries, ours, theirs)
+        rows.append({
+            "name": f"pairwise, wins over {name}",
+            "n": len(wins),
+            "chance": 50.0,
+            "score": mean_interval(100 * wins) if len(wins) else None,
+            "unusable": unusable,
+        })
     opponents[label] = ours
     return rows
 
 
 def compare_pairs(args, queries, ours, theirs):
-    """Queries and two answers to each -> Scores: how often ours wins, in %."""
+    """Queries and two answers to each -> how often ours wins, from 0 to 1, by question that has a
+    verdict, and the number of unusable ones.
+    """
     # in both orders, as a judge likes the first (or the last) better
     wins = ask_judge(args, queries, ours, theirs)
     losses = ask_judge(args, queries, theirs, ours)
-    points = 100 * np.stack([wins, 1 - losses])                 # (2, n)
-    unusable = np.isnan(points)
-    # a question counts as often as it has a verdict
-    weights = (~unusable).sum(axis=0)
-    return Scores(np.nansum(points, axis=0), weights, 50, int(unusable.sum()))
+    both = np.stack([wins, 1 - losses], axis=1)                 # (n, 2)
+    judged = both[~np.isnan(both).all(axis=1)]
+    return np.nanmean(judged, axis=1), int(np.isnan(both).sum())
 
 
 def ask_judge(args, queries, answers_a, answers_b):
