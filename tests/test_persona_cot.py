@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import ROOT, make_model
-from data import TRAITS, ChatTokenizer
+from data import TRAITS, ChatTokenizer, load_records
 from experiments import asking, persona_cot
 from experiments.generate import main, read_queries
 from plumbing.files import UserError
@@ -519,6 +519,34 @@ def test_check_names_every_bad_line(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     for part in ("line 2: repeats", "line 3: both poles", "line 4: unknown trait 'Kind'", "line 5: ", "1 records"):
         assert part in shown
+
+
+def test_check_refuses_half_an_emoji_as_training_does(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"query": "Hi?", "response": "So happy \\ud83d today", '
+                    '"social_traits": ["High Openness"], "task_traits": []}\n')
+    with pytest.raises(UserError, match="line 1"):
+        load_records(path)
+    with pytest.raises(UserError, match="1 bad lines"):
+        run(monkeypatch, "check", path)
+    assert "line 1: " in capsys.readouterr().out
+
+
+def test_an_answer_with_half_an_emoji_is_dropped(server, tmp_path, monkeypatch):
+    reply = {"choices": [{"message": {"content": PLAIN + " \ud83d"}, "finish_reason": "stop"}]}
+    half = json.dumps(reply).encode()
+    server.reply = lambda query, before: (200, half if query == "Question 1?" else PLAIN)
+    generate(monkeypatch, server, tmp_path, n=2)
+    kept, dropped = lines(tmp_path / "out.jsonl"), lines(tmp_path / "out.jsonl.dropped.jsonl")
+    assert [r["query"] for r in kept] == ["Question 0?"]
+    assert [r["query"] for r in dropped] == ["Question 1?"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("text\nOne two three?\n", encoding="utf-8-sig")
+    run(monkeypatch, "queries", "--source", tmp_path / "a.csv", "--field", "text", "--n", 1,
+        "--out", tmp_path / "q.jsonl")
+    assert lines(tmp_path / "q.jsonl")[0]["query"] == "One two three?"
 
 
 def test_queries_that_cannot_be_read(server, tmp_path, monkeypatch):
