@@ -124,6 +124,8 @@ def conclude(query, answers):
         return "kept", record
     except ValueError as error:
         outcome = str(error).split(":")[0]      # the reason alone: they are counted
+        if isinstance(error, UnicodeError):
+            outcome = "half a character"
         # the answers stay beside the reason, to see what a prompt or a parser has to learn
         texts = [answer.text for answer in answers.values() if isinstance(answer, Answer)]
         return outcome, {"query": query, "reason": outcome, "answers": texts}

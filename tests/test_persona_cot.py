@@ -268,7 +268,7 @@ def test_server_down_at_the_start(tmp_path):
 def test_model_that_is_not_there(tmp_path):
     done = subprocess.run([*PROGRAM, "show", "Hi", "--model", "nowhere"],
                           cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: no model 'nowhere'") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("error: no such folder: nowhere") and done.stderr.count("\n") == 1
 
 
 def test_server_that_dies_midway(server, tmp_path, monkeypatch, impatient):
@@ -539,7 +539,7 @@ def test_an_answer_with_half_an_emoji_is_dropped(server, tmp_path, monkeypatch):
     generate(monkeypatch, server, tmp_path, n=2)
     kept, dropped = lines(tmp_path / "out.jsonl"), lines(tmp_path / "out.jsonl.dropped.jsonl")
     assert [r["query"] for r in kept] == ["Question 0?"]
-    assert [r["query"] for r in dropped] == ["Question 1?"]
+    assert [(r["query"], r["reason"]) for r in dropped] == [("Question 1?", "half a character")]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path, monkeypatch):
@@ -547,6 +547,8 @@ def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path, monkeypatch):
     run(monkeypatch, "queries", "--source", tmp_path / "a.csv", "--field", "text", "--n", 1,
         "--out", tmp_path / "q.jsonl")
     assert lines(tmp_path / "q.jsonl")[0]["query"] == "One two three?"
+    (tmp_path / "q.txt").write_text("First?\nSecond?\n", encoding="utf-8-sig")
+    assert read_queries(tmp_path / "q.txt") == ["First?", "Second?"]
 
 
 def test_queries_that_cannot_be_read(server, tmp_path, monkeypatch):
