@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import TRAITS, ChatTokenizer, parse_traits
+from data import TRAITS, parse_traits
 from lora import LoRALinear, expert_scales, init_experts, linear, load_experts, save_experts
+from plumbing.chat import ChatTokenizer
 from plumbing.files import UserError, atomic_write, read_json, write_json
 from plumbing.models import find_model, model_sha256, published_name
 from plumbing.processes import settle_math
@@ -388,8 +389,8 @@ class PersonaFuse(nn.Module):
 
     @property
     def experts(self):
-        A = self.base.layers[0].self_attn.q_proj.A                      # (E·rank, k)
-        return len(A) // self.base.rank
+        A = getattr(self.base.layers[0].self_attn.q_proj, "A", ())      # (E·rank, k)
+        return len(A) // max(1, self.base.rank)                         # 0: the bare base
 
     @property
     def device(self):
@@ -433,6 +434,8 @@ class PersonaFuse(nn.Module):
             return None
         n = len(queries)
         E = self.experts
+        if E == 0:
+            raise UserError("the bare base has no experts: name a run with --run DIR")
         if setting not in ROUTES:
             if E != len(TRAITS):
                 raise UserError("this run has a single LoRA: weights by hand need the ten experts "
@@ -545,15 +548,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_dtype(name, device, parameters):
     """"fp32", "bf16", "fp16" or a torch.dtype -> torch.dtype.
 
-    "auto" is bf16 where that saves time (newer GPUs; CPUs with AMX, from 100 million parameters) or
-    much memory (CPUs with AVX-512 bf16, from a billion), and fp32 elsewhere.
+    "auto" is bf16 where that saves time and memory: newer GPUs, and CPUs with AVX-512 bf16 from a
+    hundred million parameters. Elsewhere it is fp32.
     """
     if name != "auto":
         return DTYPES.get(name, name)
     if device.type == "cpu":
-        faster = torch.cpu._is_amx_tile_supported() and parameters >= 1e8
-        smaller = torch.cpu._is_avx512_bf16_supported() and parameters >= 1e9
-        bf16 = faster or smaller
+        bf16 = torch.cpu._is_avx512_bf16_supported() and parameters >= 1e8
     else:
         bf16 = device.type == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float32

@@ -77,8 +77,8 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def start_at(self, h, p):
-        """Set e, and the map where there is one, by the training queries: what `pool` makes of them,
-        h (n, d), and the traits that they call for, p (n, E).
+        """Set e, and the map where there is one, by the training queries: what `pool` makes of
+        them, h (n, d), and the traits that they call for, p (n, E).
 
         The h of an encoder share a large common part. Less that, both starts tell the poles apart
         before a step of training.
@@ -90,8 +90,8 @@ class Router(nn.Module):
             count = p.sum(dim=0)[:, None].clamp(min=1)          # (E, 1)
             self.e.copy_(p.T @ h / count - h.mean(dim=0))
             return
-        # ridge regression of p on h: M = C⁻¹ cov(h, p), where C is cov(h) and, on its diagonal, the
-        # mean variance more: n queries say little of directions in which h hardly varies
+        # ridge regression of p on h: M = C⁻¹ cov(h, p), where C is cov(h) with the mean variance
+        # added on its diagonal: n queries say little of directions in which h hardly varies
         centred = h - h.mean(dim=0)
         C = centred.T @ centred / len(h)                        # (d, d)
         C += C.trace() / len(C) * torch.eye(len(C), device=h.device)

@@ -10,9 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from data import TRAITS, ChatTokenizer, parse_traits
+from data import TRAITS, parse_traits
 from lora import merge, unmerge
 from personafuse import PersonaFuse, generate, load_llama, load_run, pick_device
+from plumbing.chat import ChatTokenizer
 from plumbing.files import UserError, check_text, number, read_json, run_program
 from plumbing.models import find_model, model_table
 from router import ROUTES
@@ -85,7 +86,8 @@ def load_model(args):
     the base's generation_config.json, then the run's preset.
     """
     device = pick_device(args.device, args.base)
-    settings = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.0}
+    # without a run, what suits a small model that can speak
+    settings = {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1}
     if args.route == "none" and args.base and not args.run:
         folder = find_model(args.base)
         llama = load_llama(folder, device, args.dtype)
@@ -100,6 +102,8 @@ def load_model(args):
     for name in ("temperature", "top_p", "repetition_penalty"):
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
+    if model.tokenizer.format_note:
+        print(model.tokenizer.format_note, file=sys.stderr)
     return model
 
 
@@ -146,8 +150,8 @@ def check_length(model, query, prompt):
     """UserError for a query that leaves no room for an answer."""
     context = model.base.config.max_position_embeddings
     if len(prompt) >= context:
-        raise UserError(f"the query {query[:40]!r}... has {len(prompt)} tokens with its chat format, "
-                        f"the context of the base is {context}")
+        raise UserError(f"the query {query[:40]!r}... has {len(prompt)} tokens with its chat "
+                        f"format, the context of the base is {context}")
 
 
 def answer_once(model, query, args):

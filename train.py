@@ -40,21 +40,24 @@ PRESETS = {
         steps2=200, batch2=64, group=4, lr2=2e-3, lr_e=1e-2,
         steps3=20, batch3=32, lr3=1e-3,
         pooling="words", query_format="raw", encoder_layers=0, start="means",
-        train_encoder=True, tau=0.05, margin=0.0, beta=0.1, max_length=512, micro_batch=5, held_out=512,
+        train_encoder=True, tau=0.05,
+        margin=0.0, beta=0.1, max_length=512, micro_batch=5, held_out=512,
         save_minutes=1, temperature=0.7, top_p=0.9, repetition_penalty=1.0),
     "quick": dict(
         steps1=24, batch1=2, lr1=2e-3,
         steps2=20, batch2=32, group=4, lr2=1e-5, lr_e=1e-4,
         steps3=6, batch3=16, lr3=5e-5,
         pooling="both", query_format="chat", encoder_layers=18, start="ridge",
-        train_encoder=False, tau=0.1, margin=0.0, beta=0.1, max_length=512, micro_batch=4, held_out=48,
+        train_encoder=False, tau=0.1,
+        margin=0.0, beta=0.1, max_length=512, micro_batch=4, held_out=48,
         save_minutes=1.5, temperature=0.5, top_p=0.9, repetition_penalty=1.1),
     "paper": dict(
         steps1=1000, batch1=256, lr1=1e-4,
         steps2=1500, batch2=64, group=64, lr2=1e-4, lr_e=1e-4,
         steps3=300, batch3=32, lr3=1e-5,
         pooling="last", query_format="raw", encoder_layers=0, start="means",
-        train_encoder=True, tau=1.0, margin=0.0, beta=1.0, max_length=2048, micro_batch=32, held_out=512,
+        train_encoder=True, tau=1.0,
+        margin=0.0, beta=1.0, max_length=2048, micro_batch=32, held_out=512,
         save_minutes=8, temperature=0.7, top_p=0.9, repetition_penalty=1.0),
 }
 
@@ -64,12 +67,12 @@ PRESETS = {
 def train_step(model, optimizer, stage, batch, args):
     """One step of section 4.3 -> its losses by name, and the gradient's norm before clipping.
 
-    Each term of the stage's loss runs backward as soon as it is there: the gradient of a sum is the
-    sum of the gradients, and what the term computed is freed for the next one.
+    Each term of the loss runs backward as soon as it is there: the gradient of a sum is the sum of
+    the gradients, and what the term computed is freed for the next one.
     """
     losses = {}
     if stage > 1:
-        # queries are short and the encoder small: all of them at once, for Eq. 5 compares pairs
+        # all of them at once, for Eq. 5 compares pairs
         queries = [example.query for example in batch.examples]
         p = torch.tensor([example.p for example in batch.examples], device=model.device)
         h = model.embed(queries, checkpointing=args.checkpointing)              # (B, d)
@@ -105,16 +108,28 @@ def train_step(model, optimizer, stage, batch, args):
 
     trained = [t for _, t in trainable(model, stage) if t.grad is not None]
     sum_over_processes([t.grad for t in trained])
-    if stage == 1:
-        norm = clip_experts(model.base, model.experts, args.clip)               # (E,)
-    else:
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+    norm = clip_gradients(model, stage, trained, args)
     losses = {name: value.item() for name, value in losses.items()}
-    if np.isfinite([*losses.values(), *norm.flatten().tolist()]).all():
-        optimizer.step()
+    check_finite(losses, norm)
+    optimizer.step()
     # None rather than zeros: the next backward writes where it would have added
     optimizer.zero_grad(set_to_none=True)
     return losses, norm.max().item()
+
+
+def clip_gradients(model, stage, trained, args):
+    """Gradients to norm `clip` at most, in stage 1 each expert's on its own -> the norm(s)."""
+    if stage == 1:
+        return clip_experts(model.base, model.experts, args.clip)               # (E,)
+    return torch.nn.utils.clip_grad_norm_(trained, args.clip)
+
+
+def check_finite(losses, norm):
+    if np.isfinite([*losses.values(), *norm.flatten().tolist()]).all():
+        return
+    raise UserError(f"the loss or its gradient is not finite ({losses}); stopped before it reached "
+                    "the weights: look for NaN in the base's weights, in fp16 try bf16, or lower "
+                    "the learning rate")
 
 
 def response_loss(model, examples, w, token_weight, args):
@@ -150,19 +165,13 @@ def run_stage(model, stage, first_step, examples, args, run):
     if first_step > 0:
         restore(model, stage, run, optimizer)
     elif stage == 2:
-        # the router starts at what 4,096 queries tell
-        known = examples[:4096]
-        with torch.no_grad():
-            queries = [example.query for example in known]
-            h = model.embed(queries, read=model.router.pool)                    # (n, d)
-        model.router.start_at(h, torch.tensor([example.p for example in known]))
+        start_router(model, examples[:4096])
 
     # P_i and the groups that share p are looked up once, not at every step
     subsets = expert_subsets(examples) if model.experts > 1 else [range(len(examples))]
     groups = trait_groups(examples)
-    without = [name for name, subset in zip(TRAITS, subsets) if not subset]
-    if stage == 1 and without and process_rank() == 0:
-        print(f"no record calls for {', '.join(without)}: these experts stay as they are")
+    if stage == 1:
+        name_idle_experts(subsets)
     title = f"stage {stage}, {('experts', 'router', 'joint')[stage - 1]}"
     progress = tqdm(range(first_step, steps), title, steps, initial=first_step,
                     disable=process_rank() > 0)
@@ -177,11 +186,6 @@ def run_stage(model, stage, first_step, examples, args, run):
         else:
             batch = joint_batch(examples, args.batch3, step, args.seed)
         losses, norm = train_step(model, optimizer, stage, batch, args)
-        if not np.isfinite([*losses.values(), norm]).all():
-            raise UserError(f"stage {stage}, step {step}: the loss or its gradient is not finite "
-                            f"({losses}); stopped before it reached the weights: look for NaN in "
-                            "the base's weights, in fp16 try bf16, or lower the learning rate")
-
         # the loss that the stage minimises is the last one
         progress.set_postfix_str(f"loss {list(losses.values())[-1]:.3f}", refresh=False)
         run.log({"stage": stage, "step": step + 1, **losses, "grad_norm": norm,
@@ -196,6 +200,20 @@ def run_stage(model, stage, first_step, examples, args, run):
                             "the same command with --resume goes on")
     # done: the next stage, or a run of it alone, starts from here
     run.save_state(stage, steps, state(model, stage), done=True)
+
+
+def start_router(model, examples):
+    """Before the first step of stage 2: the router starts at what these training queries tell."""
+    with torch.no_grad():
+        queries = [example.query for example in examples]
+        h = model.embed(queries, read=model.router.pool)                        # (n, d)
+    model.router.start_at(h, torch.tensor([example.p for example in examples]))
+
+
+def name_idle_experts(subsets):
+    idle = [name for name, subset in zip(TRAITS, subsets) if not subset]
+    if idle and process_rank() == 0:
+        print(f"no record calls for {', '.join(idle)}: these experts stay as they are")
 
 
 def stage_steps(args, stage):

@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from typing import NamedTuple
 
-from data import ChatTokenizer
+from plumbing.chat import ChatTokenizer
 from experiments.batched import generate_batch
 from personafuse import load_llama, pick_device
 from plumbing.files import UserError

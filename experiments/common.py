@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import TRAITS, ChatTokenizer, by_hash, load_records, make_examples, split
+from data import TRAITS, by_hash, load_records, make_examples, split
+from plumbing.chat import ChatTokenizer
 from experiments.statistics import bootstrap
 from personafuse import Config, load_run
 from plumbing.files import HERE, UserError, file_sha256

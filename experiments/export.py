@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
-from data import FORMATS, PLAIN
+from plumbing.chat import FORMATS, PLAIN
 from lora import merge, unmerge
 from personafuse import OVERFLOW, load_run
 from plumbing.files import UserError, read_json, run_program, write_json

@@ -94,8 +94,8 @@ def joined_processes(device):
         # gloo has no error type of its own
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        raise UserError(f"process {process_rank()} lost another one, which ended or hangs: the same "
-                        "command with --resume goes on from the last saved step")
+        raise UserError(f"process {process_rank()} lost another one, which ended or hangs: the "
+                        "same command with --resume goes on from the last saved step")
     finally:
         dist.destroy_process_group()
 

@@ -13,7 +13,8 @@ from conftest import ROOT, make_model, make_tokenizer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, processors
 
-from data import PLAIN, ChatTokenizer, check_record, load_records, make_examples, untrained
+from data import check_record, load_records, make_examples
+from plumbing.chat import PLAIN, ChatTokenizer, untrained
 from experiments.chat_template import chat_template
 from plumbing.files import UserError
 

@@ -8,7 +8,7 @@ import torch
 from conftest import LLAMA3, MINI, fails_in_one_line, make_model, program
 from safetensors.torch import load_file, save_file
 
-from data import ChatTokenizer
+from plumbing.chat import ChatTokenizer
 from personafuse import Config, load_llama
 from plumbing import UserError, read_json
 

@@ -7,8 +7,9 @@ import pytest
 from conftest import ROOT, fails_in_one_line, make_model, make_tokenizer, program
 from tokenizers import Tokenizer, processors
 
-from data import (TRAITS, ChatTokenizer, activation, expert_subsets, held_out, load_records, make_examples,
+from data import (TRAITS, activation, expert_subsets, held_out, load_records, make_examples,
                   parse_traits, router_batch, sample_indices, split, trait_groups)
+from plumbing.chat import ChatTokenizer
 from plumbing import UserError
 
 GOOD = {"query": "I feel anxious", "social_traits": ["High Agreeableness"], "task_traits": ["low neuroticism", "High Agreeableness"],

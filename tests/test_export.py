@@ -10,7 +10,7 @@ from conftest import LLAMA3, fails_in_one_line, make_model, program, train_argum
 from safetensors import safe_open
 from tokenizers import Tokenizer, processors
 
-from data import ChatTokenizer
+from plumbing.chat import ChatTokenizer
 from lora import lora_layers
 from personafuse import generate, load_run
 

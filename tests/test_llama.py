@@ -10,7 +10,7 @@ from conftest import FAMILIES, MINI, fails_in_one_line, make_model, program
 from safetensors.torch import load_file, save_file
 
 import personafuse
-from data import ChatTokenizer
+from plumbing.chat import ChatTokenizer
 from personafuse import Cache, Config, Llama, generate, load_llama
 from plumbing import UserError
 

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import ROOT, make_model
-from data import TRAITS, ChatTokenizer, load_records
+from data import TRAITS, load_records
+from plumbing.chat import ChatTokenizer
 from experiments import asking, persona_cot
 from experiments.generate import main, read_queries
 from plumbing.files import UserError

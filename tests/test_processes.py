@@ -19,7 +19,7 @@ from conftest import ROOT, fails_in_one_line, make_tokenizer, program, train_arg
 from safetensors.torch import load_file
 
 import train
-from data import ChatTokenizer, load_records, make_examples, split
+from plumbing.chat import ChatTokenizer, load_records, make_examples, split
 from personafuse import load_llama
 from plumbing import UserError, file_sha256, run_program
 from processes import process_rank, shard
