@@ -393,18 +393,18 @@ def test_own_model_counts_what_it_drops(model, tmp_path, monkeypatch, capsys):
 
 
 def test_own_model_writes_records(model, tmp_path, monkeypatch):
-    """With a model that can write: its tokens come interleaved, as batches make them."""
+    """With a model that can write: answers come in the order in which they end."""
     chat, said = ChatTokenizer(model), {0: PLAIN, 1: PLAIN.replace("That", "This")}
 
     def fluent(llama, prompts, max_new_tokens, stop, rows):
-        ids = {i: chat.encode(said[i]) for i in range(len(prompts))}
-        for at in range(max(map(len, ids.values())) + 1):
-            yield from ((i, ids[i][at] if at < len(ids[i]) else None) for i in ids if at <= len(ids[i]))
+        # the second ends first
+        for i in reversed(range(len(prompts))):
+            yield i, chat.encode(said[i])
 
     monkeypatch.setattr(asking, "generate_batch", fluent)
     own(monkeypatch, model, tmp_path, "--max-new-tokens", 1000)
     assert [(r["query"], r["response"][:4]) for r in lines(tmp_path / "out.jsonl")] == [
-        ("Short one?", "That"), ("Another short one?", "This")]
+        ("Another short one?", "This"), ("Short one?", "That")]
 
 
 def test_show_tells_each_step_or_why_it_is_dropped(server, monkeypatch, capsys):
