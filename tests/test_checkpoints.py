@@ -122,7 +122,7 @@ def test_a_pickled_checkpoint_is_refused_by_name(tmp_path):
                              "no model.safetensors", "pytorch_model.bin")
 
 
-# ---------------------------------------------------------------------------------------- config.json
+# ------------------------------------------------------------------------------------ config.json
 
 ROPES = {
     # transformers 4 and 5, and the key `type` of before 4.43
