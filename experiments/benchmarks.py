@@ -15,15 +15,19 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.answers import ask_model
-from experiments.judges import pairwise
+from experiments.judges import JUDGED, pairwise
 from experiments.sources import read_file
-from experiments.statistics import Scores, print_table, shown
+from experiments.statistics import mean_interval
 from personafuse import load_run
 from plumbing.files import UserError, read_json
 
 LETTERS = "ABCDEFGHIJ"
 # each question of ToMBench is put five times, its options in another order, and the majority counts
 TRIES = 5
+BENCHMARKS = """
+Scores from 0 to 100; in brackets 95% intervals, by bootstrap over the questions. Unusable answers
+count as wrong, but for a judge's verdicts, which are left out.
+"""
 EQ_BENCH_FILE = "eq_bench_v2_questions_171.json"
 
 
@@ -37,7 +41,7 @@ class Question(NamedTuple):
 
 class Benchmark(NamedTuple):
     read: object            # folder of the files -> Questions
-    score: object           # a Question and its answers -> points from 0 to 1, or None: unusable
+    score: object           # a Question and its answers -> points from 0 to 1, or None
     max_new_tokens: int
     source: str             # where the files come from
     files: list             # those without which there is nothing to ask
@@ -47,7 +51,7 @@ class Benchmark(NamedTuple):
 
 def read_questions(name, folder):
     """All questions of a benchmark, in an order that lets --limit take some of each group."""
-    benchmark = BENCHMARKS[name]
+    benchmark = TASKS[name]
     if folder is None:
         raise UserError(f"{name} is read from files: get them from {benchmark.source}, then give "
                         "their folder with --data DIR")
@@ -218,7 +222,7 @@ def score_gsm8k(question, answers):
     return float(said == right)
 
 
-BENCHMARKS = {
+TASKS = {
     "emobench": Benchmark(
         read_emobench, score_emobench, 60,
         "https://github.com/Sahandfer/EmoBench, folder data", ["EA.jsonl", "EU.jsonl"]),
@@ -233,7 +237,6 @@ BENCHMARKS = {
         "https://github.com/openai/grade-school-math, folder grade_school_math/data",
         ["test.jsonl", "train.jsonl"]),
 }
-TASKS = [*BENCHMARKS, "pairwise"]
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -250,79 +253,55 @@ def ask_questions(model, questions, args, max_new_tokens):
 
 
 def score_questions(name, questions, answers):
-    """{row of the table: Scores}: of all questions, then of each group."""
-    benchmark = BENCHMARKS[name]
-    points = [benchmark.score(*pair) for pair in zip(questions, answers)]
-    members = {name: list(range(len(questions)))}
+    """Rows of the table: all questions of a benchmark, then each group of them."""
+    points = [TASKS[name].score(*pair) for pair in zip(questions, answers)]
+    members = {name: range(len(questions))}
     for i, question in enumerate(questions):
         for group in question.groups:
             members.setdefault(f"{name}: {group}", []).append(i)
-    return {row: scores_of([questions[i] for i in some], [points[i] for i in some])
-            for row, some in sorted(members.items())}
-
-
-def scores_of(questions, points):
-    """What cannot be used counts as wrong."""
-    found = np.array([100 * (point or 0) for point in points])
-    chance = 100 * np.mean([question.chance for question in questions])
-    return Scores(found, np.ones(len(found)), chance, points.count(None))
+    rows = []
+    for row, some in sorted(members.items()):
+        # what cannot be used counts as wrong
+        scores = np.array([100 * (points[i] or 0) for i in some])
+        rows.append({
+            "name": row,
+            "n": len(some),
+            "chance": 100 * np.mean([questions[i].chance for i in some]).item(),
+            "score": mean_interval(scores),
+            "unusable": [points[i] for i in some].count(None),
+        })
+    return rows
 
 
 # --------------------------------------------------------------------------------- runs in a table
 
-def run_benchmarks(args, device, dtype):
-    """Every run of --run on every benchmark of --tasks."""
+def benchmarks(args):
+    """Every run of --run on every benchmark of --tasks -> {"": rows of a table}."""
     names = args.tasks.split(",")
     for name in names:
-        if name not in TASKS:
-            raise UserError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
+        if name not in TASKS and name not in JUDGED:
+            raise UserError(f"unknown task {name!r}; there are {', '.join([*TASKS, *JUDGED])}")
+        if name in JUDGED and not (args.judge and args.judge_model):
+            raise UserError(f"{name} needs a judge: --judge URL of an OpenAI-compatible endpoint, "
+                            "and --judge-model NAME")
     # read all files before any model: what is missing is said at once
-    asked = {}
-    for name in names:
-        if name == "pairwise":
-            if not (args.judge and args.judge_model):
-                raise UserError("pairwise needs a judge: --judge URL of an OpenAI-compatible "
-                                "endpoint, and --judge-model NAME")
-        else:
-            asked[name] = read_questions(name, args.data)[:args.limit]
+    asked = {name: read_questions(name, args.data)[:args.limit] for name in names if name in TASKS}
     opponents = {}
-    columns = {}
+    table = {}
     for run in args.run:
         model = None                            # two large ones need not fit at once
-        model, settings = load_run(run, device, dtype)
-        label = Path(run).name + (f", {args.route}" if args.route != "learned" else "")
-        rows = columns[label] = {}
-        for name in names:
-            if name in asked:
-                answers = ask_questions(model, asked[name], args, BENCHMARKS[name].max_new_tokens)
-                rows |= score_questions(name, asked[name], answers)
-            else:
-                rows |= pairwise(label, model, settings, args, opponents)
-    print_columns(columns, args.json)
-
-
-def print_columns(columns, as_json):
-    """{run: {row: Scores}} as JSON {row: {run: its figures}}, or as a table."""
-    table = {}
-    for label, rows in columns.items():
-        for row, scores in rows.items():
-            table.setdefault(row, {})[label] = {
-                "score": scores.mean(),
-                "n": len(scores.points),
-                "chance": scores.chance,
-                "unusable": scores.unusable,
-            }
-    if as_json:
-        print(json.dumps(table, indent=1))
-        return
-    print("Scores from 0 to 100; in brackets 95% intervals, by bootstrap over the questions;\n"
-          "behind / the answers that could not be used, which count as wrong.\n")
-    lines = []
-    for row, cells in table.items():
-        first = next(iter(cells.values()))
-        line = [row, first["n"], f"{first['chance']:.1f}"]
-        for label in columns:
-            cell = cells.get(label)
-            line.append(f"{shown(cell['score'], 1)} / {cell['unusable']}" if cell else "")
-        lines.append(line)
-    print_table(["", "n", "chance", *columns], lines)
+        model, settings = load_run(run, args.device, args.dtype)
+        label = Path(run).name
+        if args.route != "learned":
+            label += f", {args.route}"
+        rows = []
+        for name, questions in asked.items():
+            answers = ask_questions(model, questions, args, TASKS[name].max_new_tokens)
+            rows += score_questions(name, questions, answers)
+        if "pairwise" in names:
+            rows += pairwise(label, model, settings, args, opponents)
+        # a row of each score, and in it two columns of each run
+        for row in rows:
+            scores = {label: row.pop("score"), f"{label}: unusable": row.pop("unusable")}
+            table[row["name"]] = table.get(row["name"], row) | scores
+    return {"": list(table.values())}

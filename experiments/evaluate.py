@@ -27,11 +27,12 @@ import json
 
 from data import TRAITS
 from experiments.answers import add_sampling
-from experiments.benchmarks import TASKS, run_benchmarks
+from experiments.benchmarks import BENCHMARKS, TASKS, benchmarks
 from experiments.common import load_experts_run
 from experiments.comparison import COMPARISON, FORGETTING, comparison, forgetting
 from experiments.control import CONTROL, STEERING, control, steering
 from experiments.expression import EXPRESSION, expression
+from experiments.judges import JUDGED
 from experiments.probe import PROBE, probe
 from experiments.questionnaire import QUESTIONNAIRE, questionnaire
 from experiments.routing import ROUTING, routing
@@ -53,6 +54,7 @@ OF_ALL_RUNS = {
     "expression": (expression, EXPRESSION),
     "forgetting": (forgetting, FORGETTING),
     "probe": (probe, PROBE),
+    "tasks": (benchmarks, BENCHMARKS),
 }
 
 
@@ -67,7 +69,7 @@ def parse_arguments():
     for name in (*OF_EACH_RUN, "expression", "forgetting"):
         measure(f"--{name}", dest="measure", action="store_const", const=name)
     measure("--probe", metavar="FILE", help="labelled texts: data_full.json of CLINC150, or CSV")
-    measure("--tasks", help=", ".join(TASKS))
+    measure("--tasks", help=", ".join([*TASKS, *JUDGED]))
 
     add("--data", help="the records, where they are not found; for --tasks the benchmarks' folder")
     add("--limit", type=number(int, 1),
@@ -96,9 +98,8 @@ def main():
             raise UserError(f"{run} was made for the base {settings['base']}, {args.run[0]} for "
                             f"{first['base']}: their figures are not to be compared")
     args.device = pick_device(args.device, first["base"])
-    if args.tasks:
-        return run_benchmarks(args, args.device, args.dtype)
-    name = args.measure or ("probe" if args.probe else "comparison")
+    named = "tasks" if args.tasks else "probe" if args.probe else "comparison"
+    name = args.measure or named
     if name in OF_ALL_RUNS:
         measure, meaning = OF_ALL_RUNS[name]
         tables = measure(args)

@@ -12,7 +12,6 @@ token that ends an answer.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -20,9 +19,10 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
-from plumbing.chat import FORMATS, PLAIN
+from experiments.chat_template import chat_template
 from lora import merge, unmerge
 from personafuse import OVERFLOW, load_run
+from plumbing.chat import FORMATS, PLAIN
 from plumbing.files import UserError, read_json, run_program, write_json
 from router import ROUTES
 from sample import check_query, check_setting, newest_run
@@ -31,17 +31,6 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # what comes along from the base's folder as it is, where it is there
 COPIED = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
           "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
-# of a conversation that ends with an answer, nothing of the next turn is written
-TEMPLATE = """
-{%- for message in messages %}
-    {%- if message.role not in ("user", "assistant") %}
-        {{- raise_exception("the experts were trained on turns of user and assistant alone") }}
-    {%- elif message.role == "assistant" %}
-        {{- before + message.content | trim + (end if loop.last else between) }}
-    {%- else %}
-        {{- (start if loop.first else "") + message.content | trim + opening }}
-    {%- endif %}
-{%- endfor %}"""
 
 
 def parse_arguments():
@@ -120,7 +109,8 @@ def write_template(out, tokenizer):
     if own and not tells_date(out):
         return
     settings = read_json(out / "tokenizer_config.json", "")
-    write_json(out / "tokenizer_config.json", settings | {"chat_template": None})
+    settings.pop("chat_template", None)
+    write_json(out / "tokenizer_config.json", settings)
     (out / "chat_template.jinja").write_text(chat_template(tokenizer), encoding="utf-8")
 
 
@@ -128,25 +118,6 @@ def tells_date(out):
     paths = [out / name for name in ("chat_template.jinja", "tokenizer_config.json")]
     return any("strftime_now" in path.read_text(encoding="utf-8-sig")
                for path in paths if path.exists())
-
-
-def chat_template(tokenizer):
-    """The chat format in use as a Jinja template, a program that writes a conversation."""
-    def text(parts):
-        shown = [tokenizer.tokenizer.id_to_token(part) if isinstance(part, int) else part
-                 for part in parts]
-        return "".join(shown)
-
-    # first: what stands around the first query; later: around an answer and the next query
-    start, opening = text(tokenizer.first).split("{query}")
-    before, rest = text(tokenizer.later).split("{answer}")
-    between, _ = rest.split("{query}")
-    values = {"start": start, "opening": opening, "before": before, "between": between,
-              "end": text([tokenizer.end])}
-    # a JSON string is a Jinja string too
-    lines = [f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} %}}"
-             for name, value in values.items()]
-    return "\n".join(lines) + TEMPLATE
 
 
 # ---------------------------------------------------------------------------------- the checkpoint
@@ -184,6 +155,9 @@ def export(model, w, folder, out):
         write_configs(model.base, folder, tmp, model.tokenizer)
         write_template(tmp, model.tokenizer)
         check_written(tmp, tensors)
+        for path in tmp.glob("*.safetensors"):
+            # they were saved for their owner alone
+            shutil.copymode(tmp / "config.json", path)
         tmp.rename(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}")

@@ -70,7 +70,8 @@ def generate_records(args):
             continue
         failures_in_a_row = 0
         # only now: a run that fails at once leaves no trace
-        write_json(args.out + SETTINGS, settings)
+        if not os.path.exists(args.out + SETTINGS):
+            write_json(args.out + SETTINGS, settings)
         append_line(args.out if outcome == "kept" else args.out + DROPPED, record)
         counts[outcome] += 1
         progress.update()
@@ -123,6 +124,8 @@ def conclude(query, answers):
         return "kept", record
     except ValueError as error:
         outcome = str(error).split(":")[0]      # the reason alone: they are counted
+        if isinstance(error, UnicodeError):
+            outcome = "half a character"
         # the answers stay beside the reason, to see what a prompt or a parser has to learn
         texts = [answer.text for answer in answers.values() if isinstance(answer, Answer)]
         return outcome, {"query": query, "reason": outcome, "answers": texts}
@@ -191,7 +194,9 @@ def read_outcomes(out):
 def cut_half_line(path):
     """A writer that was interrupted may have left half a line: the next must not stick to it."""
     content = Path(path).read_bytes()
-    os.truncate(path, content.rfind(b"\n") + 1)
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)
 
 
 def append_line(path, record):
@@ -203,7 +208,8 @@ def append_line(path, record):
             file.flush()
             os.fsync(file.fileno())     # an answer may have cost money: not even a crash loses it
     except OSError as error:
-        cut_half_line(path)
+        if os.path.exists(path):
+            cut_half_line(path)
         raise UserError(f"cannot write {path}: {error.strerror}; its lines are whole; make room, "
                         "then repeat the command")
 

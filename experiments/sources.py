@@ -7,7 +7,7 @@ import itertools
 import json
 from typing import NamedTuple
 
-from plumbing.files import UserError, read_json
+from plumbing.files import UserError
 
 
 class Source(NamedTuple):
@@ -72,14 +72,13 @@ def read_rows(name, path, seed):
 
 def read_file(path):
     """Yield the rows of a CSV or JSON file, or of one of any other name with JSON in each line."""
-    if str(path).endswith(".json"):
-        yield from read_json(path, f"cannot read {path}: no such file")
-        return
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if str(path).endswith(".csv"):
                 csv.field_size_limit(2**31 - 1)     # conversations are longer than the default
                 yield from csv.DictReader(file)
+            elif str(path).endswith(".json"):
+                yield from json.load(file)
             else:
                 for line in filter(str.strip, file):
                     yield json.loads(line)

@@ -3,23 +3,7 @@
 An interval is [value, low, high]. Rows of a table are dicts of their cells by column.
 """
 
-from typing import NamedTuple
-
 import numpy as np
-
-
-class Scores(NamedTuple):
-    """What a model scored on the n questions of one benchmark."""
-    points: np.ndarray      # (n,)
-    weights: np.ndarray     # (n,), what each counts; 0 leaves a question out
-    chance: float | None    # what guessing scores, if that is known
-    unusable: int = 0       # answers that could not be used
-
-    def mean(self):
-        """[value, low, high], or None where no question counts."""
-        if not self.weights.sum():
-            return None
-        return bootstrap(per_token(self.points, self.weights), len(self.points))
 
 
 def bootstrap(statistic, n, draws=1000):

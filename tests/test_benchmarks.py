@@ -6,12 +6,11 @@ import threading
 from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-import numpy as np
 import pytest
 from conftest import fails_in_one_line, program
 
 from experiments import benchmarks, evaluate, judges
-from experiments.benchmarks import BENCHMARKS, Question, read_questions
+from experiments.benchmarks import TASKS, Question, read_questions
 from plumbing.files import UserError
 
 
@@ -20,7 +19,8 @@ def evaluated(monkeypatch, capsys, *arguments):
     options = ["--device", "cpu", "--dtype", "fp32", "--json"]
     monkeypatch.setattr(sys, "argv", ["experiments.evaluate", *options, *map(str, arguments)])
     evaluate.main()
-    return json.loads(capsys.readouterr().out)
+    table, = json.loads(capsys.readouterr().out).values()
+    return {row["name"]: row for row in table}
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -146,27 +146,29 @@ def test_each_question_has_one_right_answer_in_its_own_words(files):
 
 
 def test_every_benchmark_runs(run, files, monkeypatch, capsys):
-    table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", ",".join(BENCHMARKS),
+    table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", ",".join(TASKS),
                       "--data", files, "--limit", 2)
-    cells = {row: cell[run.name] for row, cell in table.items()}
-    assert cells["tombench"]["chance"] == 25
-    assert cells["eq_bench"]["chance"] == cells["gsm8k"]["chance"] == 0
-    assert {cell["n"] for name, cell in cells.items() if name in BENCHMARKS} == {2}
-    assert "tombench: ability: Belief: Location false beliefs" in cells
-    assert all(len(cell["score"]) == 3 for cell in cells.values())
+    assert table["tombench"]["chance"] == 25
+    assert table["eq_bench"]["chance"] == table["gsm8k"]["chance"] == 0
+    assert {row["n"] for name, row in table.items() if name in TASKS} == {2}
+    assert "tombench: ability: Belief: Location false beliefs" in table
+    assert all(len(row[run.name]) == 3 for row in table.values())
     # the model knows no JSON
-    assert cells["emobench"]["unusable"] == 2 and cells["emobench"]["score"] == [0, 0, 0]
+    assert table["emobench"][f"{run.name}: unusable"] == 2
+    assert table["emobench"][run.name] == [0, 0, 0]
 
 
 def test_groups_have_rows_of_their_own(files):
     questions = read_questions("emobench", files)
     answers = [['{"answer": "B", "answer_q1": "F", "answer_q2": "A"}'] for _ in questions]
     rows = benchmarks.score_questions("emobench", questions, answers)
-    assert rows["emobench"].mean()[0] == 50
-    assert rows["emobench: part: EA"].mean() == [100, 100, 100]
-    assert rows["emobench: EU: emotional_cues"].mean() == [0, 0, 0]
-    assert rows["emobench: part: EA"].chance == 25
-    assert rows["emobench: part: EU"].chance == pytest.approx(100 / 24)
+    scores = {row["name"]: row["score"] for row in rows}
+    chance = {row["name"]: row["chance"] for row in rows}
+    assert scores["emobench"][0] == 50
+    assert scores["emobench: part: EA"] == [100, 100, 100]
+    assert scores["emobench: EU: emotional_cues"] == [0, 0, 0]
+    assert chance["emobench: part: EA"] == 25
+    assert chance["emobench: part: EU"] == pytest.approx(100 / 24)
 
 
 def test_router_reads_the_question_without_the_worked_examples(monkeypatch):
@@ -237,24 +239,24 @@ def test_pairs_are_judged_in_both_orders(judge):
     args = Namespace(judge=judge.url, judge_model="judge", seed=0)
 
     def compared(*texts):
-        points, weights, _, unusable = judges.compare_pairs(args, *texts)
-        return points.tolist(), weights.tolist(), unusable
+        wins, unusable = judges.compare_pairs(args, *texts)
+        return wins.tolist(), unusable
 
     # whoever stands first: no preference at all
     judge.verdict = lambda prompt, n: "First is better. [[A]]"
-    assert compared(["q1", "q2"], ["ours", "ours"], ["theirs", "theirs"]) == ([100, 100], [2, 2], 0)
+    assert compared(["q1", "q2"], ["ours", "ours"], ["theirs", "theirs"]) == ([0.5, 0.5], 0)
 
     # what the answers say, and not where they stand
     judge.verdict = lambda prompt, n: (
         "[[A]]" if prompt.index("good") < prompt.index("bad") else "[[B]]")
-    assert compared(["q3"], ["good"], ["bad"]) == ([200], [2], 0)
-    assert compared(["q4"], ["bad"], ["good"]) == ([0], [2], 0)
+    assert compared(["q3"], ["good"], ["bad"]) == ([1], 0)
+    assert compared(["q4"], ["bad"], ["good"]) == ([0], 0)
 
     # asked again until it can be read
     judge.verdict = lambda prompt, n: {1: "no idea", 2: "[[A]] or [[B]]?", 3: "[[tie]]"}[n]
-    assert compared(["q5"], ["x"], ["y"]) == ([100], [2], 0)
+    assert compared(["q5"], ["x"], ["y"]) == ([0.5], 0)
     judge.verdict = lambda prompt, n: "nonsense"
-    assert compared(["q6"], ["x"], ["y"])[2] == 2
+    assert compared(["q6"], ["x"], ["y"]) == ([], 2)
     assert max(judge.asked.values()) == 3
 
 
@@ -268,6 +270,6 @@ def test_pairwise_on_the_held_out_queries(run, judge, monkeypatch, capsys):
     judge.verdict = lambda prompt, n: "[[tie]]"
     table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", "pairwise", "--limit", 2,
                       "--max-new-tokens", 3, "--judge", judge.url, "--judge-model", "judge")
-    assert table["pairwise, wins over bare base"][run.name] == {
-        "score": [50, 50, 50], "n": 2, "chance": 50, "unusable": 0}
-    assert np.all([n == 1 for n in judge.asked.values()])
+    assert table["pairwise, wins over bare base"] == {
+        "name": "pairwise, wins over bare base", "n": 2, "chance": 50,
+        run.name: [50, 50, 50], f"{run.name}: unusable": 0}

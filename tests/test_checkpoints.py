@@ -1,4 +1,7 @@
-"""Checkpoints as people publish them: each odd one loads here as it does in transformers, or is refused by name."""
+"""Checkpoints as people publish them.
+
+Each odd one loads here as it does in transformers, or is refused by name.
+"""
 
 import json
 import shutil
@@ -8,9 +11,9 @@ import torch
 from conftest import LLAMA3, MINI, fails_in_one_line, make_model, program
 from safetensors.torch import load_file, save_file
 
-from plumbing.chat import ChatTokenizer
 from personafuse import Config, load_llama
-from plumbing import UserError, read_json
+from plumbing.chat import ChatTokenizer
+from plumbing.files import UserError, read_json
 
 CPU = torch.device("cpu")
 
@@ -61,9 +64,23 @@ def test_a_tied_checkpoint_may_hold_the_head_instead_of_the_embeddings(tmp_path)
     assert agrees_with_transformers(folder)
 
 
+def test_a_head_of_its_own_is_used_though_the_config_ties_it(tmp_path):
+    folder = make_model(tmp_path / "m")
+    before = our_logits(folder)
+    generator = torch.Generator().manual_seed(1)
+    head = 0.1 * torch.randn(400, 32, generator=generator)
+    change_tensors(folder, lambda tensors: tensors | {"lm_head.weight": head})
+    assert agrees_with_transformers(folder)
+    assert (our_logits(folder) - before).abs().max() > 0.1
+
+
 def test_an_untied_checkpoint_needs_both(tmp_path):
     folder = make_model(tmp_path / "m", tie_word_embeddings=False)
-    change_tensors(folder, lambda tensors: {name: t for name, t in tensors.items() if "embed" not in name})
+
+    def drop_embeddings(tensors):
+        return {name: t for name, t in tensors.items() if "embed" not in name}
+
+    change_tensors(folder, drop_embeddings)
     with pytest.raises(UserError, match="embed_tokens.weight is missing"):
         load_llama(folder, CPU, torch.float32)
 
@@ -73,7 +90,11 @@ def test_weights_may_lack_the_prefix_model(tied, tmp_path):
     """As LlamaModel.save_pretrained, without the head's class around it, writes them."""
     folder = make_model(tmp_path / "m", tie_word_embeddings=tied)
     before = our_logits(folder)
-    change_tensors(folder, lambda tensors: {name.removeprefix("model."): t for name, t in tensors.items()})
+
+    def bare_names(tensors):
+        return {name.removeprefix("model."): t for name, t in tensors.items()}
+
+    change_tensors(folder, bare_names)
     assert torch.equal(our_logits(folder), before)
     assert agrees_with_transformers(folder)
 
@@ -101,7 +122,7 @@ def test_a_pickled_checkpoint_is_refused_by_name(tmp_path):
                              "no model.safetensors", "pytorch_model.bin")
 
 
-# ---------------------------------------------------------------------------------------- config.json
+# ------------------------------------------------------------------------------------ config.json
 
 ROPES = {
     # transformers 4 and 5, and the key `type` of before 4.43
@@ -127,9 +148,11 @@ def test_every_spelling_of_the_rope_is_read(spelling, tmp_path):
 
 
 @pytest.mark.parametrize("rope, word", [
-    ({"type": "linear", "factor": 2.0}, "linear"), ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
+    ({"type": "linear", "factor": 2.0}, "linear"),
+    ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
     ({"rope_type": "llama3", "factor": 8.0}, "high_freq_factor"),
-    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor")])
+    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+])
 def test_a_rope_that_is_not_ours_is_refused_by_name(rope, word, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MINI | {"rope_scaling": rope}))
     with pytest.raises(UserError, match=word):
@@ -145,7 +168,8 @@ def test_the_type_that_the_config_names_changes_nothing(key, tmp_path):
     assert torch.equal(our_logits(folder), before)
 
 
-@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "rope_scaling"])
+@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "attention_bias", "mlp_bias",
+                                 "rope_scaling"])
 def test_null_is_as_good_as_nothing(key, tmp_path):
     folder = make_model(tmp_path / "m", num_key_value_heads=4)
     change_config(folder, **{key: None})
@@ -178,14 +202,14 @@ def test_a_model_without_any_end_token_is_refused(tmp_path):
 
 
 def test_tokens_that_only_tokenizer_json_knows(tmp_path):
-    """Tokens added after training stand in tokenizer.json alone: they are control tokens of the chat format."""
+    """Tokens added after training: they are control tokens of the chat format."""
     folder = make_model(tmp_path / "m", vocab_size=403)
     tokenizer = read_json(folder / "tokenizer.json", "")
     first = len(tokenizer["model"]["vocab"])
     for number, text in enumerate(("<|im_start|>", "<|im_end|>")):
         tokenizer["added_tokens"].append({
-            "id": first + number, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False})
+            "id": first + number, "content": text, "special": True, "single_word": False,
+            "lstrip": False, "rstrip": False, "normalized": False})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     chat = ChatTokenizer(folder)
     assert chat.encode_prompt("hello")[0] == first              # <|im_start|>, one token

@@ -172,6 +172,9 @@ def test_the_configs_say_what_the_file_holds(exported):
         if (base / name).exists():
             assert (out / name).read_bytes() == (base / name).read_bytes()
     assert {"tokenizer.json", "tokenizer_config.json"} <= {path.name for path in out.iterdir()}
+    # and whoever may read the configs may read the weights
+    modes = {path.stat().st_mode for path in out.iterdir()}
+    assert len(modes) == 1
 
 
 def test_a_base_template_comes_along_where_it_writes_our_prompt(exported):

@@ -256,9 +256,11 @@ def test_tally_names_what_is_wrong(tmp_path):
     twin.write_text(ada.read_text())
     assert fails_in_one_line(tally(ada, twin), "sheet-Ada.json", "twin.json", "both by Ada")
     content = json.loads(ada.read_text())
-    for broken in ({**content, "ratings": []}, {**content, "ratings": 3}, [1], {"rater": "Ada"}):
+    for broken in ({**content, "ratings": []}, {**content, "ratings": 3}, {"rater": "Ada"}):
         twin.write_text(json.dumps(broken))
         assert fails_in_one_line(tally(twin), "twin.json holds no ratings")
+    twin.write_text("[1]")
+    assert fails_in_one_line(tally(twin), "twin.json", "no JSON object")
     key_file.unlink()
     assert fails_in_one_line(tally(ada), "there is no key", "sheet.key.json", "--key")
 

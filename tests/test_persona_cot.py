@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import ROOT, make_model
-from data import TRAITS
+from data import TRAITS, load_records
 from plumbing.chat import ChatTokenizer
 from experiments import asking, persona_cot
 from experiments.generate import main, read_queries
@@ -269,7 +269,7 @@ def test_server_down_at_the_start(tmp_path):
 def test_model_that_is_not_there(tmp_path):
     done = subprocess.run([*PROGRAM, "show", "Hi", "--model", "nowhere"],
                           cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: no model 'nowhere'") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("error: no such folder: nowhere") and done.stderr.count("\n") == 1
 
 
 def test_server_that_dies_midway(server, tmp_path, monkeypatch, impatient):
@@ -393,18 +393,18 @@ def test_own_model_counts_what_it_drops(model, tmp_path, monkeypatch, capsys):
 
 
 def test_own_model_writes_records(model, tmp_path, monkeypatch):
-    """With a model that can write: its tokens come interleaved, as batches make them."""
+    """With a model that can write: answers come in the order in which they end."""
     chat, said = ChatTokenizer(model), {0: PLAIN, 1: PLAIN.replace("That", "This")}
 
     def fluent(llama, prompts, max_new_tokens, stop, rows):
-        ids = {i: chat.encode(said[i]) for i in range(len(prompts))}
-        for at in range(max(map(len, ids.values())) + 1):
-            yield from ((i, ids[i][at] if at < len(ids[i]) else None) for i in ids if at <= len(ids[i]))
+        # the second ends first
+        for i in reversed(range(len(prompts))):
+            yield i, chat.encode(said[i])
 
     monkeypatch.setattr(asking, "generate_batch", fluent)
     own(monkeypatch, model, tmp_path, "--max-new-tokens", 1000)
     assert [(r["query"], r["response"][:4]) for r in lines(tmp_path / "out.jsonl")] == [
-        ("Short one?", "That"), ("Another short one?", "This")]
+        ("Another short one?", "This"), ("Short one?", "That")]
 
 
 def test_show_tells_each_step_or_why_it_is_dropped(server, monkeypatch, capsys):
@@ -520,6 +520,36 @@ def test_check_names_every_bad_line(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     for part in ("line 2: repeats", "line 3: both poles", "line 4: unknown trait 'Kind'", "line 5: ", "1 records"):
         assert part in shown
+
+
+def test_check_refuses_half_an_emoji_as_training_does(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"query": "Hi?", "response": "So happy \\ud83d today", '
+                    '"social_traits": ["High Openness"], "task_traits": []}\n')
+    with pytest.raises(UserError, match="line 1"):
+        load_records(path)
+    with pytest.raises(UserError, match="1 bad lines"):
+        run(monkeypatch, "check", path)
+    assert "line 1: " in capsys.readouterr().out
+
+
+def test_an_answer_with_half_an_emoji_is_dropped(server, tmp_path, monkeypatch):
+    reply = {"choices": [{"message": {"content": PLAIN + " \ud83d"}, "finish_reason": "stop"}]}
+    half = json.dumps(reply).encode()
+    server.reply = lambda query, before: (200, half if query == "Question 1?" else PLAIN)
+    generate(monkeypatch, server, tmp_path, n=2)
+    kept, dropped = lines(tmp_path / "out.jsonl"), lines(tmp_path / "out.jsonl.dropped.jsonl")
+    assert [r["query"] for r in kept] == ["Question 0?"]
+    assert [(r["query"], r["reason"]) for r in dropped] == [("Question 1?", "half a character")]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("text\nOne two three?\n", encoding="utf-8-sig")
+    run(monkeypatch, "queries", "--source", tmp_path / "a.csv", "--field", "text", "--n", 1,
+        "--out", tmp_path / "q.jsonl")
+    assert lines(tmp_path / "q.jsonl")[0]["query"] == "One two three?"
+    (tmp_path / "q.txt").write_text("First?\nSecond?\n", encoding="utf-8-sig")
+    assert read_queries(tmp_path / "q.txt") == ["First?", "Second?"]
 
 
 def test_queries_that_cannot_be_read(server, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from conftest import ROOT, fails_in_one_line, program
 
 sys.path.insert(0, str(ROOT / "tiny"))
 import make  # noqa: E402
-from plumbing.chat import ChatTokenizer, load_records, split  # noqa: E402
+from data import load_records, split  # noqa: E402
+from plumbing.chat import ChatTokenizer  # noqa: E402
 
 DIALOGUE = {"source": "sgd", "turns": ["Hi there.", "Hello.", "A table, please.", "For how many?"]}
 STORY = {"text": "A fox met a crow."}

@@ -29,7 +29,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from data import load_records, split  # noqa: E402
 from personafuse import Config, Llama  # noqa: E402
-from plumbing import UserError, atomic_write, read_json, run_program, write_json  # noqa: E402
+from plumbing.files import UserError, atomic_write, read_json, run_program, write_json  # noqa: E402
 
 END = "<|endoftext|>"                       # token 0: closes an answer, and a text
 WINDOW = 384                                # tokens the model sees at once in training
