@@ -249,9 +249,10 @@ def router_batch(examples, groups, batch_size, group_size, step, seed):
     return Batch(chosen)
 
 
-def joint_batch(examples, batch_size, step, seed):
-    """Stage 3: batch_size records, whatever their p."""
+def joint_batch(examples, batch_size, step, seed, one_lora=False):
+    """Stage 3: batch_size records, whatever their p. A baseline's one LoRA has weight 1."""
     picked = sample_indices(len(examples), batch_size, step, seed, 3)
     chosen = sorted((examples[k] for k in picked), key=lambda example: example.length)
     token_weight = 1 / sum(len(example.answer) for example in chosen)
-    return Batch(chosen, token_weight=[token_weight] * len(chosen))
+    fixed_w = [[1.0]] * len(chosen) if one_lora else None
+    return Batch(chosen, fixed_w, [token_weight] * len(chosen))

@@ -71,7 +71,7 @@ def train_step(model, optimizer, stage, batch, args):
     the gradients, and what the term computed is freed for the next one.
     """
     losses = {}
-    if stage > 1:
+    if stage > 1 and model.router:              # a baseline has none
         # all of them at once, for Eq. 5 compares pairs
         queries = [example.query for example in batch.examples]
         p = torch.tensor([example.p for example in batch.examples], device=model.device)
@@ -92,7 +92,7 @@ def train_step(model, optimizer, stage, batch, args):
         for start in range(0, len(mine), args.micro_batch):
             part = mine[start:start + args.micro_batch]
             examples = [batch.examples[i] for i in part]
-            if stage == 1:
+            if batch.fixed_w:
                 w = torch.tensor([batch.fixed_w[i] for i in part], device=model.device)
             else:
                 # the weights are not detached: L_lm teaches the router too
@@ -103,7 +103,7 @@ def train_step(model, optimizer, stage, batch, args):
             lm += loss.detach()
         sum_over_processes([lm])
         losses["lm"] = lm / batch.experts
-    if stage == 3:
+    if stage == 3 and model.router:
         losses["joint"] = joint_loss(lm, router, args.gamma)                    # Eq. 2
 
     trained = [t for _, t in trainable(model, stage) if t.grad is not None]
@@ -184,7 +184,7 @@ def run_stage(model, stage, first_step, examples, args, run):
         elif stage == 2:
             batch = router_batch(examples, groups, args.batch2, args.group, step, args.seed)
         else:
-            batch = joint_batch(examples, args.batch3, step, args.seed)
+            batch = joint_batch(examples, args.batch3, step, args.seed, model.router is None)
         losses, norm = train_step(model, optimizer, stage, batch, args)
         # the loss that the stage minimises is the last one
         progress.set_postfix_str(f"loss {list(losses.values())[-1]:.3f}", refresh=False)

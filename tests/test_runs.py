@@ -19,7 +19,7 @@ SETTINGS = dict(
     base="plain", base_folder="/models/plain", base_sha256="b1", encoder="plain",
     encoder_folder="/models/plain", encoder_sha256="e1", data="/data/ten.jsonl", data_sha256="d1",
     variant="personafuse", names=("high", "low"), rank=8, lora_alpha=16.0, pooling="last",
-    query_format="raw", encoder_layers=0, start="means", seed=0, lr1=1e-3, steps1=3,
+    query_format="raw", encoder_layers=0, train_encoder=True, start="means", seed=0, lr1=1e-3, steps1=3,
     save_every=None, save_minutes=None, device="auto", stage="all", resume=False, preset="quick")
 ALL = [1, 2, 3]
 
