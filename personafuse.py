@@ -548,13 +548,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_dtype(name, device, parameters):
     """"fp32", "bf16", "fp16" or a torch.dtype -> torch.dtype.
 
-    "auto" is bf16 where that saves time and memory: newer GPUs, and CPUs with AVX-512 bf16 from a
-    hundred million parameters. Elsewhere it is fp32.
+    "auto" is bf16 where that saves time and memory: newer GPUs, and CPUs with AVX-512 bf16 for models
+    of more than thirty million parameters. Elsewhere it is fp32.
     """
     if name != "auto":
         return DTYPES.get(name, name)
     if device.type == "cpu":
-        bf16 = torch.cpu._is_avx512_bf16_supported() and parameters >= 1e8
+        bf16 = torch.cpu._is_avx512_bf16_supported() and parameters > 3e7
     else:
         bf16 = device.type == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float32
