@@ -38,23 +38,23 @@ PRESETS = {
     "tiny": dict(
         steps1=60, batch1=4, lr1=4e-3,
         steps2=200, batch2=64, group=4, lr2=2e-3, lr_e=1e-2,
-        steps3=20, batch3=32, lr3=1e-3,
+        steps3=20, batch3=32, lr3=1e-3, lr3_router=1e-3,
         pooling="words", query_format="raw", encoder_layers=0, start="means",
         train_encoder=True, tau=0.05,
         margin=0.0, beta=0.1, max_length=512, micro_batch=5, held_out=512,
         save_minutes=1, temperature=0.7, top_p=0.9, repetition_penalty=1.0),
     "quick": dict(
-        steps1=24, batch1=2, lr1=2e-3,
+        steps1=16, batch1=2, lr1=4e-3,
         steps2=20, batch2=32, group=4, lr2=1e-5, lr_e=1e-4,
-        steps3=6, batch3=16, lr3=5e-5,
+        steps3=12, batch3=20, lr3=2e-3, lr3_router=1e-4,
         pooling="both", query_format="chat", encoder_layers=18, start="ridge",
         train_encoder=False, tau=0.1,
-        margin=0.0, beta=0.1, max_length=512, micro_batch=4, held_out=48,
+        margin=0.0, beta=0.1, max_length=224, micro_batch=4, held_out=48,
         save_minutes=1.5, temperature=0.5, top_p=0.9, repetition_penalty=1.1),
     "paper": dict(
         steps1=1000, batch1=256, lr1=1e-4,
         steps2=1500, batch2=64, group=64, lr2=1e-4, lr_e=1e-4,
-        steps3=300, batch3=32, lr3=1e-5,
+        steps3=300, batch3=32, lr3=1e-5, lr3_router=1e-5,
         pooling="last", query_format="raw", encoder_layers=0, start="means",
         train_encoder=True, tau=1.0,
         margin=0.0, beta=1.0, max_length=2048, micro_batch=32, held_out=512,
@@ -234,12 +234,14 @@ def trainable(model, stage):
 
 
 def make_optimizer(model, stage, args):
-    """AdamW without weight decay; in stage 2 all but the encoder has a rate of its own."""
+    """AdamW without weight decay: a rate for the experts, one or two for the router."""
     groups = []
     for name, t in trainable(model, stage):
         peak = (args.lr1, args.lr2, args.lr3)[stage - 1]
         if stage == 2 and not name.startswith("router.encoder."):
             peak = args.lr_e
+        if stage == 3 and name.startswith("router."):
+            peak = args.lr3_router
         groups.append({"params": [t], "peak": peak})
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
@@ -368,6 +370,7 @@ def add_run_options(parser):
         add(f"--lr{stage}", type=positive, help="peak learning rate")
     add("--group", type=count, help="queries of a batch of stage 2 that share one p, at most")
     add("--lr-e", type=positive, help="in stage 2, of expert embeddings and map")
+    add("--lr3-router", type=positive, help="in stage 3, of the router")
     add("--clip", type=positive, default=1.0, help="largest gradient norm, in stage 1 of each "
                                                    "expert")
 
