@@ -686,11 +686,11 @@ def build(settings, device, dtype):
                        settings["query_format"]).requires_grad_(False)
 
 
-def save_run(model, settings, with_router):
-    """What others read, into settings["out"]: every expert in peft's format, the router, and the
+def save_run(model, out, settings, with_router):
+    """What others read, into the folder `out`: every expert in peft's format, the router, and the
     settings.
     """
-    out = Path(settings["out"])
+    out = Path(out)
     save_experts(model.base, settings["names"], out, published_name(settings["base"]))
     if with_router:
         tensors = {}
@@ -737,8 +737,11 @@ def load_run(run, device, dtype, base=None):
     load_experts(model.base, settings["names"], run)
     if model.router:
         try:
-            # not strict: a frozen encoder is that of its folder
-            model.router.load_state_dict(load_file(trained, device=str(device)), strict=False)
+            tensors = load_file(trained, device=str(device))
+            if model.router.frozen_encoder:     # it is that of its folder
+                tensors |= {name: t for name, t in model.router.state_dict().items()
+                            if name.startswith("encoder.")}
+            model.router.load_state_dict(tensors)
         except Exception as error:              # safetensors has its own type, and OSError
             raise UserError(f"cannot read {trained}: {' '.join(str(error).split())}")
     return model.requires_grad_(False), settings

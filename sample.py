@@ -41,7 +41,7 @@ def parse_arguments():
                                                                    "that hold this probability")
     add("--repetition-penalty", type=number(float, 0, above=True),
         help="makes tokens that were there before less likely; 1 does not")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(int, 0, high=2**32 - 1), default=0)
     add("--device", default="auto")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     args = parser.parse_args()

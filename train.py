@@ -64,7 +64,7 @@ PRESETS = {
 
 # ------------------------------------------------------------------------------------------ a step
 
-def train_step(model, optimizer, stage, batch, args):
+def train_step(model, optimizer, stage, batch, args, where=""):
     """One step of section 4.3 -> its losses by name, and the gradient's norm before clipping.
 
     Each term of the loss runs backward as soon as it is there: the gradient of a sum is the sum of
@@ -110,7 +110,7 @@ def train_step(model, optimizer, stage, batch, args):
     sum_over_processes([t.grad for t in trained])
     norm = clip_gradients(model, stage, trained, args)
     losses = {name: value.item() for name, value in losses.items()}
-    check_finite(losses, norm)
+    check_finite(losses, norm, where)
     optimizer.step()
     # None rather than zeros: the next backward writes where it would have added
     optimizer.zero_grad(set_to_none=True)
@@ -124,12 +124,12 @@ def clip_gradients(model, stage, trained, args):
     return torch.nn.utils.clip_grad_norm_(trained, args.clip)
 
 
-def check_finite(losses, norm):
+def check_finite(losses, norm, where):
     if np.isfinite([*losses.values(), *norm.flatten().tolist()]).all():
         return
-    raise UserError(f"the loss or its gradient is not finite ({losses}); stopped before it reached "
-                    "the weights: look for NaN in the base's weights, in fp16 try bf16, or lower "
-                    "the learning rate")
+    raise UserError(f"{where}: the loss or its gradient is not finite ({losses}); stopped before it "
+                    "reached the weights: look for NaN in the base's weights, in fp16 try bf16, or "
+                    "lower the learning rate")
 
 
 def response_loss(model, examples, w, token_weight, args):
@@ -185,7 +185,8 @@ def run_stage(model, stage, first_step, examples, args, run):
             batch = router_batch(examples, groups, args.batch2, args.group, step, args.seed)
         else:
             batch = joint_batch(examples, args.batch3, step, args.seed, model.router is None)
-        losses, norm = train_step(model, optimizer, stage, batch, args)
+        where = f"stage {stage}, step {step + 1}"
+        losses, norm = train_step(model, optimizer, stage, batch, args, where)
         # the loss that the stage minimises is the last one
         progress.set_postfix_str(f"loss {list(losses.values())[-1]:.3f}", refresh=False)
         run.log({"stage": stage, "step": step + 1, **losses, "grad_norm": norm,
@@ -361,7 +362,7 @@ def add_run_options(parser):
     add("--preset", choices=PRESETS, help="defaults for the options without one (default: tiny for "
                                           "--base tiny, else quick)")
     add("--resume", action="store_true", help="go on from the last saved step")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(int, 0, high=2**32 - 1), default=0)
 
     add = parser.add_argument_group("the stages").add_argument
     for stage, of in ((1, "records for each expert"), (2, "queries"), (3, "records")):
@@ -509,7 +510,7 @@ def train(args, device):
                 continue
             run_stage(model, stage, first_step, training, args, run)
             first_step = 0
-            known = finish_stage(model, stage, training, held_out, args, settings, known, run)
+            known = finish_stage(model, stage, training, held_out, args, known, run)
     finally:
         run.close()
     if is_main:
@@ -517,14 +518,14 @@ def train(args, device):
               '"I feel anxious"')
 
 
-def finish_stage(model, stage, training, held_out, args, settings, known, run):
+def finish_stage(model, stage, training, held_out, args, known, run):
     """Write what others read, and evaluate on the held-out records -> what stays true of it in the
     next stage.
     """
     is_main = process_rank() == 0
     with_router = stage > 1 and model.router is not None
     if is_main:
-        save_run(model, settings, with_router)
+        save_run(model, run.out, run.saved, with_router)
     metrics = {}
     if held_out:
         metrics = evaluate(model, held_out, training, args, known, with_router, run)
