@@ -548,7 +548,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_dtype(name, device, parameters):
     """"fp32", "bf16", "fp16" or a torch.dtype -> torch.dtype.
 
-    "auto" is bf16 where that saves time and memory: newer GPUs, and CPUs with AVX-512 bf16 for models
+    "auto" is bf16 where that saves time: newer GPUs, and CPUs with AVX-512 bf16 for models
     of more than thirty million parameters. Elsewhere it is fp32.
     """
     if name != "auto":

@@ -67,8 +67,7 @@ PRESETS = {
 def train_step(model, optimizer, stage, batch, args, where=""):
     """One step of section 4.3 -> its losses by name, and the gradient's norm before clipping.
 
-    Each term of the loss runs backward as soon as it is there: the gradient of a sum is the sum of
-    the gradients, and what the term computed is freed for the next one.
+    Each term runs backward as soon as it is there: the gradient of a sum is that of its terms.
     """
     losses = {}
     if stage > 1 and model.router:              # a baseline has none
@@ -127,8 +126,8 @@ def clip_gradients(model, stage, trained, args):
 def check_finite(losses, norm, where):
     if np.isfinite([*losses.values(), *norm.flatten().tolist()]).all():
         return
-    raise UserError(f"{where}: the loss or its gradient is not finite ({losses}); stopped before it "
-                    "reached the weights: look for NaN in the base's weights, in fp16 try bf16, or "
+    raise UserError(f"{where}: the loss or its gradient is not finite ({losses}); stopped before "
+                    "it reached the weights: look for NaN in the base's weights, in fp16 try bf16, or "
                     "lower the learning rate")
 
 

@@ -32,7 +32,8 @@ from router import Router, average_precision
 from train import PRESETS, run_stage
 
 CPU = torch.device("cpu")
-OPTIONS = ("pooling", "query_format", "encoder_layers", "start", "steps2", "batch2", "group", "lr2", "lr_e", "margin", "beta")
+OPTIONS = ("pooling", "query_format", "encoder_layers", "start",
+           "steps2", "batch2", "group", "lr2", "lr_e", "margin", "beta")
 
 
 def fold_of(record, folds):
