@@ -127,7 +127,7 @@ def check_finite(losses, norm, where):
     if np.isfinite([*losses.values(), *norm.flatten().tolist()]).all():
         return
     raise UserError(f"{where}: the loss or its gradient is not finite ({losses}); stopped before "
-                    "it reached the weights: look for NaN in the base's weights, in fp16 try bf16, or "
+                    "it reached the weights: look for NaN in the base's, in fp16 try bf16, or "
                     "lower the learning rate")
 
 
