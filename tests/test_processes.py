@@ -152,7 +152,7 @@ def bytes_of_own(llama):
 
 
 def share_and_count():
-    """A llama's bytes before and after it is shared, and what it computes beside one that is not."""
+    """A llama's bytes before and after it is shared, and what it computes beside a whole one."""
     folder, out = sys.argv
     dist.init_process_group("gloo")
     whole = load_llama(folder, CPU, torch.float32)
