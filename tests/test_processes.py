@@ -62,8 +62,7 @@ def steps_of_three():
         moved = copy.deepcopy(model)
         loss, norm = our_step(moved, stage, batch_of(stage, examples), micro_batch=2, clip=0.3)
         if process_rank() == 0:
-            path = Path(folder, f"step{stage}.safetensors")
-            save_file(moved.state_dict(), path, metadata={"loss": str(loss), "norm": str(norm)})
+            save_file(moved.state_dict(), Path(folder, f"step{stage}.safetensors"))
             Path(folder, f"step{stage}.json").write_text(json.dumps([loss, norm]))
     dist.destroy_process_group()
 
@@ -153,7 +152,7 @@ def bytes_of_own(llama):
 
 
 def share_and_count():
-    """A llama's bytes before and after it is shared, and what it computes beside one that is not."""
+    """A llama's bytes before and after it is shared, and what it computes beside a whole one."""
     folder, out = sys.argv
     dist.init_process_group("gloo")
     whole = load_llama(folder, CPU, torch.float32)
@@ -221,6 +220,13 @@ def test_a_bad_record_is_said_once(mini, tmp_path):
     with train_together(tmp_path, mini, data, tmp_path / "run") as processes:
         result = processes.wait()
     assert fails_in_one_line(result, "bad.jsonl, line 1", "missing key")
+
+
+def test_missing_data_is_said_once(mini, tmp_path):
+    arguments = (mini, tmp_path / "none.jsonl", tmp_path / "run")
+    with train_together(tmp_path, *arguments) as processes:
+        result = processes.wait()
+    assert fails_in_one_line(result, "none.jsonl", "no regular file")
 
 
 # --------------------------------------------------------------------- stopping and going on

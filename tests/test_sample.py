@@ -1,184 +1,287 @@
 """sample.py as a user runs it, on the small run."""
 
-import json
 import os
 import pty
+import re
+import select
 import shutil
 import subprocess
 import sys
+import time
 from argparse import Namespace
 
 import pytest
 import torch
-from conftest import GREEDY, ROOT, fails_in_one_line, program
+from conftest import GREEDY, ROOT, fails_in_one_line, make_model, program
+from safetensors.torch import load_file, save_file
+from test_llama import plain_greedy
 
 from data import TRAITS
 from personafuse import load_run
 from sample import answer_turn
-from test_llama import plain_greedy
+
+CPU = torch.device("cpu")
+TRAITS_BY_HAND = "high agreeableness=0.7, low neuroticism=0.3"
 
 
 def sample(*arguments, **options):
-    return program("sample.py", *GREEDY, *arguments, "--max-new-tokens", 12, **options)
+    return program("sample.py", *GREEDY, "--max-new-tokens", 12, *arguments, **options)
+
+
+def shown(*arguments):
+    """What sample.py shows -> the weights of its bars by name, in their order, and the answer."""
+    result = sample(*arguments)
+    assert result.returncode == 0, result.stderr
+    return split_bars(result.stdout)
+
+
+def split_bars(text):
+    bars = {}
+    lines = text.splitlines()
+    while lines and (row := re.fullmatch(r"  ([a-z ]+?) +(\d\.\d{3}) (█*)", lines[0])):
+        bars[row[1]] = float(row[2])
+        # a bar of four is a tenth
+        assert len(row[3]) == pytest.approx(40 * float(row[2]), abs=0.6)
+        lines.pop(0)
+    return bars, "\n".join(lines).strip()
 
 
 class PlainMix:
-    """The base with w fixed, for plain_greedy."""
+    """The base with w fixed, for plain_greedy: mixed at every layer, not merged."""
 
     def __init__(self, base, w):
-        self.base, self.w, self.logits = base, w, base.logits
+        self.base = base
+        self.w = w
+        self.logits = base.logits
 
     def __call__(self, ids):
         return self.base(ids, self.w[None])
 
 
-def test_bars_strongest_first_then_the_plain_loops_answer(run):
-    result = sample("I feel anxious", "--run", run)
-    assert result.returncode == 0, result.stderr
-    bars, text = result.stdout.split("\n\n", 1)
-    rows = [line.rstrip(" █").strip().rsplit(maxsplit=1) for line in bars.splitlines()]
-    model, _ = load_run(run, torch.device("cpu"), torch.float32)
-    w = model.route([model.encoder_tokenizer.encode_query("I feel anxious")])[0]
-    shown = {row[0].strip(): float(row[1]) for row in rows}
-    assert shown == {name: pytest.approx(x, abs=6e-4) for name, x in zip(TRAITS, w.tolist())}
-    assert list(shown.values()) == sorted(shown.values(), reverse=True)
-    with torch.no_grad():                                       # mixed at every layer, not merged, the whole pass every time
-        ids = plain_greedy(PlainMix(model.base, w), model.tokenizer.encode_prompt("I feel anxious"), 12, model.tokenizer.stop)
-    assert text.strip() == model.tokenizer.decode(ids).strip()
+def plain_answer(model, query, w, count=12, history=()):
+    """The greedy answer, the whole pass again for every token."""
+    prompt = model.tokenizer.encode_prompt(query, history)
+    with torch.no_grad():
+        ids = plain_greedy(PlainMix(model.base, w), prompt, count, model.tokenizer.stop)
+    return model.tokenizer.decode(ids).strip()
 
 
-def test_json_of_one_and_of_a_file(run, tmp_path):
-    queries = ["I feel anxious", "argue with me", "ok", "Tell me a long story about a family and their dog."]
-    (tmp_path / "q.txt").write_text("\n".join(queries) + "\n")
-    many = [json.loads(line) for line in sample("--file", tmp_path / "q.txt", "--json", "--run", run).stdout.splitlines()]
-    assert [m["query"] for m in many] == queries
-    for one in (many[0], many[3]):
-        alone = json.loads(sample(one["query"], "--json", "--run", run).stdout)
-        assert alone["response"] == one["response"]
-        assert alone["weights"] == {k: pytest.approx(v, abs=1e-5) for k, v in one["weights"].items()}
-        assert list(alone["weights"]) == TRAITS and sum(alone["weights"].values()) == pytest.approx(1, abs=1e-4)
+@pytest.fixture(scope="module")
+def model(run):
+    return load_run(run, CPU, torch.float32)[0]
 
 
-def test_routes(run, mini):
-    def weights(*how):
-        return json.loads(sample("hi", "--json", "--run", run, *how).stdout)["weights"]
+# ------------------------------------------------------------------------------------ an answer
 
-    assert set(weights("--route", "uniform").values()) == {0.1}
-    for k, each in ((1, 1), (2, 0.5), (5, 0.2)):
-        assert sorted(weights("--route", f"random{k}").values(), reverse=True)[:k + 1] == [each] * k + [0]
-    assert weights("--route", "random2", "--seed", 1) != weights("--route", "random2", "--seed", 2)
-    by_hand = weights("--traits", "high agreeableness=0.7, low neuroticism=0.3")
-    assert {k: v for k, v in by_hand.items() if v} == {"high agreeableness": pytest.approx(0.7), "low neuroticism": pytest.approx(0.3)}
-    bare = json.loads(sample("hi", "--json", "--route", "none", "--base", mini).stdout)
-    assert bare == json.loads(sample("hi", "--json", "--route", "none", "--run", run).stdout) and bare["weights"] is None
+def test_bars_strongest_first_then_the_plain_loops_answer(run, model):
+    bars, text = shown("I feel anxious", "--run", run)
+    w = model.route(model.encode_queries(["I feel anxious"]))[0]
+    for name, weight in zip(TRAITS, w.tolist()):
+        assert bars[name] == pytest.approx(weight, abs=6e-4)
+    assert list(bars.values()) == sorted(bars.values(), reverse=True)
+    assert text == plain_answer(model, "I feel anxious", w)
 
 
-def test_compare_shows_the_bare_base_and_personafuse(run):
-    text = sample("hi", "--run", run, "--compare").stdout
-    bare = json.loads(sample("hi", "--json", "--route", "none", "--run", run).stdout)["response"]
-    mixed = json.loads(sample("hi", "--json", "--run", run).stdout)["response"]
-    assert text.split("bare base:\n")[1].split() == [*bare.split(), "PersonaFuse:", *mixed.split()]
+def test_blanks_around_a_query_are_none_of_it(run):
+    assert shown("  I feel anxious\n", "--run", run) == shown("I feel anxious", "--run", run)
+
+
+def test_routes(run, mini, model):
+    bars, _ = shown("hi", "--run", run, "--route", "uniform")
+    assert bars == dict.fromkeys(TRAITS, 0.1)
+    for k in (1, 2, 5):
+        bars, _ = shown("hi", "--run", run, "--route", f"random{k}")
+        assert list(bars.values()) == [1 / k] * k
+    two = [shown("hi", "--run", run, "--route", "random2", "--seed", seed)[0] for seed in range(4)]
+    assert len({tuple(bars) for bars in two}) > 1
+
+    bars, text = shown("hi", "--run", run, "--traits", TRAITS_BY_HAND)
+    assert bars == {"high agreeableness": 0.7, "low neuroticism": 0.3}
+    w = torch.zeros(10)
+    w[6] = 0.7
+    w[9] = 0.3
+    assert text == plain_answer(model, "hi", w)
+
+    bars, bare = shown("hi", "--route", "none", "--base", mini)
+    assert not bars
+    assert bare == plain_answer(model, "hi", torch.zeros(10))
+    assert shown("hi", "--route", "none", "--run", run) == ({}, bare)
+
+
+def test_compare_shows_other_answers_above_ours(run):
+    compared = sample("hi", "--run", run, "--compare", "low agreeableness", "--compare", "none")
+    _, text = split_bars(compared.stdout)
+    alone = {
+        "low agreeableness:": shown("hi", "--run", run, "--traits", "low agreeableness")[1],
+        "bare base:": shown("hi", "--run", run, "--route", "none")[1],
+        "PersonaFuse:": shown("hi", "--run", run)[1],
+    }
+    expected = []
+    for title, answer in alone.items():
+        expected += title.split() + answer.split()
+    assert text.split() == expected
+
+
+def test_compare_alone_is_the_bare_base(run):
+    once = sample("hi", "--run", run, "--compare").stdout
+    assert once == sample("hi", "--run", run, "--compare", "none").stdout
+    assert "bare base:" in once
 
 
 def test_sampling_repeats_with_its_seed(run):
     def ask(seed):
-        return sample("hi", "--run", run, "--temperature", 1.5, "--top-p", 0.9, "--seed", seed).stdout
+        hot = ["--temperature", 1.5, "--top-p", 0.9, "--seed", seed]
+        return sample("hi", "--run", run, *hot).stdout
 
     assert ask(1) == ask(1) != ask(2)
 
 
-def test_the_newest_run_is_used(run, tmp_path):
-    for name, age in (("old", 100), ("new", 0)):
-        shutil.copytree(run, tmp_path / "out" / name)
-        path = tmp_path / "out" / name / "personafuse.json"
-        os.utime(path, (path.stat().st_mtime - age,) * 2)
-    settings = json.loads((tmp_path / "out/old/personafuse.json").read_text())
-    (tmp_path / "out/old/personafuse.json").write_text(json.dumps(settings | {"base": "/nowhere/at-all"}))
-    os.utime(tmp_path / "out/old/personafuse.json", (1, 1))
-    assert program(ROOT / "sample.py", "hi", "--max-new-tokens", 2, cwd=tmp_path).returncode == 0
+def test_very_cold_is_greedy(run):
+    assert shown("hi", "--run", run, "--temperature", "1e-40") == shown("hi", "--run", run)
 
+
+def test_the_newest_run_is_used(run, tmp_path):
+    for name in ("old", "new"):
+        shutil.copytree(run, tmp_path / "out" / name)
+    settings = tmp_path / "out" / "old" / "personafuse.json"
+    settings.write_text("{}")
+    os.utime(settings, (1, 1))
+    asked = program(ROOT / "sample.py", "hi", "--max-new-tokens", 2, cwd=tmp_path)
+    assert asked.returncode == 0, asked.stderr
+
+
+# ------------------------------------------------------------------------------ what goes wrong
 
 def test_bad_input_ends_in_one_line(run, mini, tmp_path):
-    assert fails_in_one_line(program(ROOT / "sample.py", "hi", cwd=tmp_path), "no run", "train.py")
-    assert fails_in_one_line(sample("hi", "--run", tmp_path), "personafuse.json", "train")
-    assert fails_in_one_line(sample("  ", "--run", run), "empty")
-    assert fails_in_one_line(sample("hi", "--run", run, "--traits", "high ego=1"), "unknown trait 'high ego'")
-    assert fails_in_one_line(sample("hi", "--run", run, "--traits", "high openness=2"), "out of the range")
-    assert fails_in_one_line(sample("hi", "--run", run, "--base", "tiny"), "was made for the base", mini, "tiny")
-    assert fails_in_one_line(sample("word " * 600, "--run", run), "tokens", "512")
-    assert fails_in_one_line(sample("--file", tmp_path / "none", "--json", "--run", run), "none")
-    assert fails_in_one_line(sample("hi", "--base", "owner/model", "--route", "none"), "owner/model", "--base DIR", "tiny")
-    assert fails_in_one_line(sample("hi", "--base", "nothing", "--route", "none"), "nothing", "smollm2")
-    assert fails_in_one_line(sample("hi", "--run", run, "--device", "gpu9"), "gpu9")
-    broken = shutil.copytree(run, tmp_path / "broken")
+    def refused(*arguments, words):
+        return fails_in_one_line(sample(*arguments), *words)
+
+    none = program(ROOT / "sample.py", "hi", cwd=tmp_path)
+    assert fails_in_one_line(none, "no run", "train.py")
+    assert refused("hi", "--run", tmp_path, words=["personafuse.json", "train"])
+    assert refused("  ", "--run", run, words=["empty"])
+    assert refused("\ud83d", "--run", run, words=["cannot be read"])
+    assert refused("hi", "--run", run, "--traits", "high ego=1", words=["unknown trait 'high ego'"])
+    assert refused("hi", "--run", run, "--traits", "high openness=2", words=["out of the range"])
+    assert refused("hi", "--run", run, "--compare", "high ego", words=["high ego"])
+    other = make_model(tmp_path / "other", seed=1)
+    assert refused("hi", "--run", run, "--base", other, words=["other weights", mini, other])
+    assert refused("word " * 600, "--run", run, words=["tokens", "512"])
+    assert refused("hi", "--base", "owner/model", "--route", "none", words=["owner/model"])
+    assert refused("hi", "--base", "nothing", "--route", "none", words=["nothing"])
+    assert refused("hi", "--base", mini, "--route", "none", "--traits", TRAITS_BY_HAND,
+                   words=["bare base", "--run"])
+    assert refused("hi", "--run", run, "--device", "gpu9", words=["gpu9"])
+
+
+def test_broken_files_of_a_run_are_named(run, tmp_path):
+    broken = shutil.copytree(run, tmp_path / "expert")
     path = broken / "low_openness" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     assert fails_in_one_line(sample("hi", "--run", broken), path)
 
-
-# ------------------------------------------------------------------------------------------------------- conversation
-
-def converse(run, *lines, arguments=()):
-    """Type lines into `python sample.py` in a terminal of its own -> all that it showed."""
-    command = [sys.executable, "sample.py", "--run", str(run), *map(str, GREEDY), "--max-new-tokens", "8", *map(str, arguments)]
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    waiting = list(lines)
-    while True:
-        try:
-            chunk = os.read(ours, 4096)
-        except OSError:                                 # the terminal closes with the program
-            break
-        if not chunk:
-            break
-        shown += chunk
-        if shown.endswith(b"you: ") and waiting:
-            os.write(ours, waiting.pop(0).encode() + b"\n")
-        elif shown.endswith(b"you: "):
-            os.write(ours, b"\x04")                     # Ctrl-D
-    return process.wait(timeout=60), shown.decode().replace("\r\n", "\n")
+    broken = shutil.copytree(run, tmp_path / "router")
+    path = broken / "router.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert fails_in_one_line(sample("hi", "--run", broken), path)
+    whole = load_file(run / "router.safetensors")
+    save_file({name: t for name, t in whole.items() if name != "e"}, path)
+    assert fails_in_one_line(sample("hi", "--run", broken), path)
 
 
-def test_a_conversation_keeps_the_turns_and_obeys_its_commands(run):
-    code, shown = converse(run, "I feel anxious", "Why is that?", "/traits high ego", "/traits low agreeableness=0.5",
-                           "/hello", "/new", "Why is that?", "/route uniform", "ok")
-    assert code == 0, shown
-    turns = shown.split("you: ")
-    assert "unknown trait 'high ego'" in turns[3] and "there is no /hello" in turns[5]
-    bars = [line.split() for line in turns[7].splitlines() if "█" in line]
-    assert [bar[:3] for bar in bars] == [["low", "agreeableness", "0.500"]]
-    assert len([line for line in turns[9].splitlines() if " 0.100 ████" in line]) == 10
-    # the second turn's answer is that of a prompt with the first in it; the router reads the second alone
-    model, _ = load_run(run, torch.device("cpu"), torch.float32)
-    w = model.mixing_weights(["Why is that?"])[0]
-    first = json.loads(program("sample.py", "I feel anxious", "--json", "--run", run, *GREEDY, "--max-new-tokens", 8).stdout)
-    first = first["response"]
-    prompt = model.tokenizer.encode_prompt("Why is that?", [("I feel anxious", first)])
-    with torch.no_grad():
-        ids = plain_greedy(PlainMix(model.base, w), prompt, 8, model.tokenizer.stop)
-    assert model.tokenizer.decode(ids).strip() in turns[2]
+WITHOUT_MEANING = [
+    ("--temperature", "nan"), ("--temperature", "inf"), ("--temperature", -1), ("--top-p", 0),
+    ("--top-p", 1.1), ("--top-p", "nan"), ("--repetition-penalty", 0), ("--max-new-tokens", 0),
+    ("--repetition-penalty", "inf"), ("--seed", -1), ("--seed", 10**30),
+]
 
 
-def test_the_oldest_turns_make_room(run):
-    model, _ = load_run(run, torch.device("cpu"), torch.float32)
-    history = [(f"question {i} " + "word " * 20, "answer " * 20) for i in range(8)]
-    newest = history[-1]
-    args = Namespace(max_new_tokens=8, seed=0, temperature=0.0, top_p=1.0, repetition_penalty=1.0)
-    answer_turn(model, "and now?", history, "none", args)
-    kept = [len(model.tokenizer.encode_prompt("and now?", [newest] * n)) + 8 for n in range(9)]
-    assert 1 <= len(history) < 8 and history[-1] == newest
-    assert kept[len(history)] <= 512 < kept[len(history) + 1]      # no more than had to go, all turns being of one length
+@pytest.mark.parametrize("option, value", WITHOUT_MEANING, ids=str)
+def test_a_setting_without_a_meaning_is_refused_when_the_options_are_read(option, value):
+    result = program("sample.py", "hi", "--run", "none", f"{option}={value}")
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1 and f"argument {option}: {value}" in lines[0], result.stderr
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_numbers_that_overflow_in_fp16_are_named(tmp_path, temperature):
+    """Weights that are too large for fp16 alone; in fp32 the same question is answered."""
+    folder = make_model(tmp_path / "loud")
+    tensors = load_file(folder / "model.safetensors")
+    for name, t in tensors.items():
+        if name.endswith("down_proj.weight"):
+            t *= 1e6
+    save_file(tensors, folder / "model.safetensors")
+    ask = ["sample.py", "hi", "--route", "none", "--base", folder, "--temperature", temperature,
+           "--max-new-tokens", 3]
+    assert fails_in_one_line(program(*ask, "--dtype", "fp16"), "fp16", "overflow", "--dtype bf16")
+    assert program(*ask, "--dtype", "fp32").returncode == 0
 
 
 def test_without_a_terminal_a_query_is_asked_for(run):
     assert sample("--run", run).returncode == 2
 
 
-def test_weights_by_hand_are_compared_one_under_the_other(run):
-    text = sample("hi", "--run", run, "--compare", "low agreeableness", "--compare", "none").stdout
-    for title, how in (("low agreeableness:", ["--traits", "low agreeableness"]), ("bare base:", ["--route", "none"]),
-                       ("PersonaFuse:", [])):
-        alone = json.loads(sample("hi", "--json", "--run", run, *how).stdout)["response"]
-        assert " ".join([title, *alone.split()]) in " ".join(text.split())
+# -------------------------------------------------------------------------------- conversation
+
+def converse(run, *lines):
+    """Type lines into `python sample.py` in a terminal of its own -> all that it showed."""
+    command = [sys.executable, "sample.py", "--run", run, *GREEDY, "--max-new-tokens", 8]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdin=theirs,
+                               stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    waiting = list(lines)
+    end = time.monotonic() + 60
+    try:
+        while select.select([ours], [], [], max(0, end - time.monotonic()))[0]:
+            try:
+                chunk = os.read(ours, 4096)
+            except OSError:
+                # the terminal closes with the program
+                chunk = b""
+            if not chunk:
+                break
+            seen += chunk
+            if seen.endswith(b"you: "):
+                # after the last line Ctrl-D
+                os.write(ours, waiting.pop(0).encode() + b"\n" if waiting else b"\x04")
+        code = process.wait(timeout=10)
+    finally:
+        process.kill()
+        os.close(ours)
+    return code, seen.decode().replace("\r\n", "\n")
+
+
+def test_a_conversation_keeps_the_turns_and_obeys_its_commands(run, model):
+    code, seen = converse(run, "I feel anxious", "Why is that?", "/traits high ego",
+                          "/traits low agreeableness=0.5", "/hello", "/new", "Why is that?",
+                          "/route uniform", "ok")
+    assert code == 0, seen
+    turns = seen.split("you: ")
+    assert "unknown trait 'high ego'" in turns[3]
+    assert "there is no /hello" in turns[5]
+    bars = [line.split() for line in turns[7].splitlines() if "█" in line]
+    assert [bar[:3] for bar in bars] == [["low", "agreeableness", "0.500"]]
+    assert len([line for line in turns[9].splitlines() if " 0.100 ████" in line]) == 10
+    # the second turn's answer is that of a prompt with the first in it
+    first = plain_answer(model, "I feel anxious", model.mixing_weights(["I feel anxious"])[0], 8)
+    # and the router reads the second alone
+    w = model.mixing_weights(["Why is that?"])[0]
+    second = plain_answer(model, "Why is that?", w, 8, [("I feel anxious", first)])
+    assert first in turns[1] and second in turns[2]
+
+
+def test_the_oldest_turns_make_room(model):
+    history = [(f"question {i} " + "word " * 20, "answer " * 20) for i in range(8)]
+    newest = history[-1]
+    args = Namespace(max_new_tokens=8, seed=0, temperature=0.0, top_p=1.0, repetition_penalty=1.0)
+    answer_turn(model, "and now?", history, "none", args)
+    assert 1 <= len(history) < 8 and history[-1] == newest
+    # no more than had to go, all turns being of one length
+    needed = []
+    for turns in range(9):
+        needed.append(len(model.tokenizer.encode_prompt("and now?", [newest] * turns)) + 8)
+    assert needed[len(history)] <= 512 < needed[len(history) + 1]
