@@ -14,8 +14,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 
-# before anything imports huggingface_hub: no test reaches the network
+# before anything imports huggingface_hub: no test reaches the hub, and only test_smollm2.py the
+# package index
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PIP_NO_INDEX"] = "1"
 # the models are small; threads would only wait for one another
 os.environ["OMP_NUM_THREADS"] = "1"
 if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
