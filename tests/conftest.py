@@ -216,8 +216,9 @@ def succeeds(*command):
 
 # three stages in a second, with the paper's router
 FAST = ["--steps1", 3, "--batch1", 2, "--steps2", 3, "--batch2", 8, "--steps3", 2, "--batch3", 6,
-        "--lr1", 3e-3, "--lr2", 1e-3, "--lr3", 3e-4, "--max-length", 160, "--dtype", "fp32",
-        "--train-encoder", "--pooling", "last", "--query-format", "raw", "--start", "means"]
+        "--lr1", 3e-3, "--lr2", 1e-3, "--lr3", 3e-4, "--lr3-router", 3e-4, "--max-length", 160,
+        "--dtype", "fp32", "--train-encoder", "--pooling", "last", "--query-format", "raw",
+        "--start", "means"]
 # and with the router of the preset for bases such as smollm2
 QUICK_ROUTER = ["--no-train-encoder", "--pooling", "both", "--query-format", "chat",
                 "--start", "ridge", "--encoder-layers", 1]

@@ -12,7 +12,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import GREEDY, ROOT, fails_in_one_line, make_model, program
+from conftest import GREEDY, ROOT, fails_in_one_line, make_model, program, train_arguments
 from safetensors.torch import load_file, save_file
 from test_llama import plain_greedy
 
@@ -148,6 +148,18 @@ def test_the_newest_run_is_used(run, tmp_path):
     os.utime(settings, (1, 1))
     asked = program(ROOT / "sample.py", "hi", "--max-new-tokens", 2, cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
+
+
+def test_a_base_that_has_moved_is_found_by_its_contents(mini, small_data, tmp_path):
+    base = shutil.copytree(mini, tmp_path / "base")
+    out = tmp_path / "run"
+    stage_1 = ["--stage", 1, "--steps1", 1]
+    assert program(*train_arguments(base, small_data, out, *stage_1)).returncode == 0
+    ask = ["hi", "--run", out, "--traits", TRAITS_BY_HAND]
+    before = shown(*ask)
+    base.rename(tmp_path / "moved")
+    assert fails_in_one_line(sample(*ask), base, "--base")
+    assert shown(*ask, "--base", tmp_path / "moved") == before
 
 
 # ------------------------------------------------------------------------------ what goes wrong

@@ -338,7 +338,7 @@ def expert_rows(name, t):
 @pytest.mark.parametrize("frozen_encoder", [False, True])
 def test_frozen_means_frozen_and_each_stage_trains_its_own(model, examples, frozen_encoder):
     model.router.frozen_encoder = frozen_encoder
-    rates = dict(lr1=1e-2, lr2=1e-2, lr_e=1e-2, lr3=1e-2)
+    rates = dict(lr1=1e-2, lr2=1e-2, lr_e=1e-2, lr3=1e-2, lr3_router=1e-2)
     sizes = dict(steps1=2, steps2=2, steps3=2, batch1=3, batch2=12, group=4, batch3=10, seed=0)
     args = Namespace(**(vars(ARGS) | rates | sizes))
     # nothing activates experts 1 and 8
@@ -584,10 +584,11 @@ def test_an_out_that_cannot_be_written(mini, small_data, tmp_path):
 
 WITHOUT_MEANING = [
     ("--lora-alpha", 0), ("--lora-alpha", -16), ("--rank", 0), ("--tau", 0), ("--tau", "nan"),
-    ("--clip", 0), ("--clip", -1), ("--clip", "inf"), ("--lr1", 0), ("--lr2", -1), ("--lr3", "nan"),
-    ("--lr-e", "inf"), ("--steps1", -1), ("--batch1", 0), ("--group", 0), ("--micro-batch", 0),
-    ("--max-length", 0), ("--held-out", 0), ("--beta", "nan"), ("--gamma", -0.1), ("--margin", 2),
-    ("--encoder-layers", -1), ("--save-minutes", 0), ("--save-every", 0), ("--seed", -1),
+    ("--clip", 0), ("--clip", -1), ("--clip", "inf"), ("--lr1", 0), ("--lr2", -1),
+    ("--lr3", "nan"), ("--lr-e", "inf"), ("--lr3-router", 0), ("--steps1", -1), ("--batch1", 0),
+    ("--group", 0), ("--micro-batch", 0), ("--max-length", 0), ("--held-out", 0),
+    ("--beta", "nan"), ("--gamma", -0.1), ("--margin", 2), ("--encoder-layers", -1),
+    ("--save-minutes", 0), ("--save-every", 0), ("--seed", -1), ("--seed", 10**30),
 ]
 
 
