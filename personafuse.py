@@ -716,7 +716,9 @@ def read_settings(run, base=None):
         if name is None:                        # a baseline has no encoder
             continue
         folder = Path(settings[f"{what}_folder"])
-        if what == "base" and base:
+        if what == "encoder" and settings["encoder_sha256"] == settings["base_sha256"]:
+            folder = Path(settings["base_folder"])      # found just before
+        elif what == "base" and base:
             folder = find_model(base)
         elif not folder.is_dir():
             folder = find_model(name, f"--{what}")

@@ -387,7 +387,8 @@ def add_method_options(parser):
     add("--train-encoder", action=argparse.BooleanOptionalAction,
         help="as in the paper, or only the expert embeddings and the map")
     add("--pooling", choices=["last", "mean", "both", "words"], help="see router.py")
-    add("--start", choices=["means", "ridge"], help="of the router, see router.py")
+    # not --start: torchrun takes that for one of its own
+    add("--router-start", dest="start", choices=["means", "ridge"], help="see router.py")
     add("--tau", type=positive, help="τ of Eq. 1")
     add("--margin", type=number(float, -1, high=1), help="m of Eq. 3")
     add("--loss-alpha", type=number(float, 0), default=1.0, help="α of Eq. 6")
@@ -443,6 +444,7 @@ def run_settings(args):
                              "encoder_folder": None, "encoder_sha256": None}
     if not Path(args.data).is_file():
         raise UserError(f"{args.data} is no regular file: records are read more than once")
+    load_records(args.data, (VARIANTS[args.variant],))
     settings["data"] = str(Path(args.data).resolve())
     settings["data_sha256"] = file_sha256(args.data)
     name = Path(settings["base"]).stem.lower()

@@ -115,7 +115,8 @@ def parse_arguments():
     add("--folds", type=number(int, 2), default=5)
     add("--seeds", type=number(int, 1), default=3)
     for name in OPTIONS:
-        add(f"--{name.replace('_', '-')}", type=type(PRESETS["tiny"][name]), help="as in train.py")
+        option = "router-start" if name == "start" else name.replace("_", "-")
+        add(f"--{option}", dest=name, type=type(PRESETS["tiny"][name]), help="as in train.py")
     preset = "tiny" if parser.parse_known_args()[0].base == "tiny" else "quick"
     parser.set_defaults(**PRESETS[preset], clip=1.0, loss_alpha=1.0, checkpointing=False)
     return parser.parse_args()

@@ -5,6 +5,7 @@ With one process every function here says so or does nothing.
 
 import math
 import os
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -101,11 +102,23 @@ def joined_processes(device):
 
 
 def from_first(make):
-    """What make() returns in process 0, given to all: only one process reads and writes files."""
-    result = [make() if process_rank() == 0 else None]
+    """What make() returns in process 0, given to all: only one process reads and writes files.
+
+    Its UserError ends them all, and is said once.
+    """
+    result = [None, None]
+    if process_rank() == 0:
+        try:
+            result[0] = make()
+        except UserError as error:
+            result[1] = str(error)
     if process_count() > 1:
         dist.broadcast_object_list(result)
-    return result[0]
+    if result[1] is None:
+        return result[0]
+    if process_rank() > 0:
+        sys.exit(2)
+    raise UserError(result[1])
 
 
 def settle_math():

@@ -218,10 +218,10 @@ def succeeds(*command):
 FAST = ["--steps1", 3, "--batch1", 2, "--steps2", 3, "--batch2", 8, "--steps3", 2, "--batch3", 6,
         "--lr1", 3e-3, "--lr2", 1e-3, "--lr3", 3e-4, "--lr3-router", 3e-4, "--max-length", 160,
         "--dtype", "fp32", "--train-encoder", "--pooling", "last", "--query-format", "raw",
-        "--start", "means"]
+        "--router-start", "means"]
 # and with the router of the preset for bases such as smollm2
 QUICK_ROUTER = ["--no-train-encoder", "--pooling", "both", "--query-format", "chat",
-                "--start", "ridge", "--encoder-layers", 1]
+                "--router-start", "ridge", "--encoder-layers", 1]
 GREEDY = ["--temperature", 0, "--repetition-penalty", 1, "--dtype", "fp32"]
 
 
