@@ -454,35 +454,6 @@ class PersonaFuse(nn.Module):
         w = self.route(self.encode_queries(queries))
         return keep_top(w, top_k) if top_k else w
 
-    @torch.no_grad()
-    def response_nll(self, examples, w=None, rows=16):
-        """Eq. 8 example by example, for evaluation; w (n, E), or None for the bare base.
-
-        -> summed negative log-likelihoods (n,), numbers of response tokens (n,), and whether each
-        response is what greedy decoding would write (n,).
-        """
-        n = len(examples)
-        # filled part by part, in the order of the lengths
-        nll = torch.zeros(n, device=self.device)
-        counts = torch.tensor([len(example.answer) for example in examples], device=self.device)
-        greedy = torch.ones(n, dtype=torch.bool, device=self.device)
-        for part in like_lengths([example.length for example in examples], rows):
-            tokens, targets = response_batch([examples[i] for i in part], self.device)
-            hidden = self.base(tokens, None if w is None else w[part])          # (B, T, d)
-            response = targets >= 0                                             # (B, T)
-            # the query's tokens are given, not learned: only the response's positions count
-            targets = targets[response]                                         # (N,)
-            # the example that each of the N response tokens belongs to
-            owner = torch.tensor(part, device=self.device)[response.nonzero()[:, 0]]
-            for some, logits in self.base.logits_in_parts(hidden[response]):    # (n, V)
-                losses = F.cross_entropy(logits.float(), targets[some], reduction="none")
-                nll.index_add_(0, owner[some], losses)
-                wrong = logits.argmax(dim=-1) != targets[some]
-                greedy[owner[some][wrong]] = False
-        if not nll.isfinite().all():
-            raise UserError(OVERFLOW)
-        return nll, counts, greedy
-
 
 def like_lengths(lengths, rows):
     """Indices of the lengths by `rows`, like lengths together, so that little is padded.

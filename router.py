@@ -126,20 +126,3 @@ def average_precision(w, p):
     hits = np.take_along_axis(p, order, axis=1)                 # p in the order of the weights
     precision = hits.cumsum(axis=1) / np.arange(1, p.shape[1] + 1)
     return (precision * hits).sum(axis=1) / hits.sum(axis=1)
-
-
-def pole_auc(w, p):
-    """ROC AUC of each expert's weight as a detector of its pole. w, p (B, E) -> (E,).
-
-    The share of (activated, not activated) pairs of queries in which the activated one has the
-    larger weight; NaN where all p are equal.
-    """
-    auc = np.full(p.shape[1], np.nan)
-    for i in range(p.shape[1]):
-        active = w[p[:, i] == 1, i]
-        inactive = w[p[:, i] == 0, i]
-        if len(active) and len(inactive):
-            wins = (active[:, None] > inactive).mean()
-            ties = (active[:, None] == inactive).mean()
-            auc[i] = wins + 0.5 * ties
-    return auc

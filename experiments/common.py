@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from data import TRAITS, by_hash, load_records, make_examples, split
 from plumbing.chat import ChatTokenizer
 from experiments.statistics import bootstrap
-from personafuse import Config, load_run
+from personafuse import OVERFLOW, Config, like_lengths, load_run, response_batch
 from plumbing.files import HERE, UserError, file_sha256
-from router import pole_auc
 
 # the poles in the heads of columns, in the order of TRAITS
 SHORT = ["O+", "O-", "C+", "C-", "E+", "E-", "A+", "A-", "N+", "N-"]
@@ -41,6 +40,45 @@ def run_records(settings, answers=("response",), data=None, limit=None):
     if limit:
         held = sorted(held, key=by_hash)[:limit]
     return training, held
+
+
+@torch.no_grad()
+def response_nll(model, examples, w=None, rows=16):
+    """Eq. 8 example by example, w (n, E), or None for the bare base -> summed negative
+    log-likelihoods (n,) and numbers of response tokens (n,).
+    """
+    nll = torch.zeros(len(examples), device=model.device)
+    counts = torch.tensor([len(example.answer) for example in examples], device=model.device)
+    for part in like_lengths([example.length for example in examples], rows):
+        tokens, targets = response_batch([examples[i] for i in part], model.device)
+        hidden = model.base(tokens, None if w is None else w[part])             # (B, T, d)
+        response = targets >= 0                                                 # (B, T)
+        targets = targets[response]                                             # (N,)
+        # the example that each of the N response tokens belongs to
+        owner = torch.tensor(part, device=model.device)[response.nonzero()[:, 0]]
+        for some, logits in model.base.logits_in_parts(hidden[response]):       # (n, V)
+            losses = F.cross_entropy(logits.float(), targets[some], reduction="none")
+            nll.index_add_(0, owner[some], losses)
+    if not nll.isfinite().all():
+        raise UserError(OVERFLOW)
+    return nll, counts
+
+
+def pole_auc(w, p):
+    """ROC AUC of each expert's weight as a detector of its pole. w, p (B, E) -> (E,).
+
+    The share of (activated, not activated) pairs of queries in which the activated one has the
+    larger weight; NaN where all p are equal.
+    """
+    auc = np.full(p.shape[1], np.nan)
+    for i in range(p.shape[1]):
+        active = w[p[:, i] == 1, i]
+        inactive = w[p[:, i] == 0, i]
+        if len(active) and len(inactive):
+            wins = (active[:, None] > inactive).mean()
+            ties = (active[:, None] == inactive).mean()
+            auc[i] = wins + 0.5 * ties
+    return auc
 
 
 def find_data(settings):
@@ -87,7 +125,7 @@ def response_losses(model, examples, w):
     """Mixing weights w (n, E), or None for the bare base -> each response's summed loss and number
     of tokens, both (n,), numpy.
     """
-    nll, counts, _ = model.response_nll(examples, w)
+    nll, counts = response_nll(model, examples, w)
     return nll.double().cpu().numpy(), counts.double().cpu().numpy()
 
 

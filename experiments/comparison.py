@@ -15,11 +15,11 @@ from pathlib import Path
 from data import Example, make_examples
 from experiments.answers import cot_prompt
 from experiments.common import (COT, SHORT, activations, auc_interval, break_ties, fitting,
-                                measure_rows, response_losses, run_records)
+                                measure_rows, pole_auc, response_losses, run_records)
 from experiments.statistics import bootstrap, mean_interval, per_token
 from personafuse import read_settings
 from plumbing.files import read_lines
-from router import average_precision, pole_auc
+from router import average_precision
 
 ANSWERS = ("response", "naive_response")
 ROUTES = ("cot", "random1", "random2", "random5", "uniform", "oracle")

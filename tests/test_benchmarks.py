@@ -11,7 +11,6 @@ from conftest import fails_in_one_line, program
 
 from experiments import benchmarks, evaluate, judges
 from experiments.benchmarks import TASKS, Question, read_questions
-from plumbing.files import UserError
 
 
 def evaluated(monkeypatch, capsys, *arguments):

@@ -4,7 +4,6 @@ Each odd one loads here as it does in transformers, or is refused by name.
 """
 
 import json
-import shutil
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ import torch
 from conftest import fails_in_one_line, program, train_arguments
 from data import TRAITS, by_hash, held_out, load_records, split
 from experiments import control, figures
-from experiments.common import held_out_examples, run_records
+from experiments.common import held_out_examples, response_nll, run_records
 from lora import lora_layers, merge, unmerge
 from personafuse import load_run, read_settings
 from plumbing.files import HERE, UserError, file_sha256
@@ -104,7 +104,7 @@ def test_an_expert_alone_is_the_base_with_that_expert_merged(model):
     assert losses.shape == (len(examples), 10) and losses.std(axis=1).min() > 1e-3
     for i in (0, 7):
         originals = merge(model.base, torch.eye(10)[i])
-        nll, counts, _ = model.response_nll(examples)
+        nll, counts = response_nll(model, examples)
         unmerge(model.base, originals)
         assert losses[:, i] == pytest.approx((nll / counts).numpy(), abs=1e-4)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from plumbing.files import HERE, UserError, file_sha256
+from plumbing.files import HERE, UserError
 from plumbing.models import MODELS, absolute, default_encoder, find_model, model_sha256, model_table, published_name
 
 COMMIT = "a" * 40

@@ -8,7 +8,8 @@ import torch
 
 from data import TRAITS
 from personafuse import build, load_llama, pad
-from router import Router, average_precision, keep_top, pole_auc, random_weights
+from experiments.common import pole_auc
+from router import Router, average_precision, keep_top, random_weights
 
 CPU = torch.device("cpu")
 QUERIES = [[7, 8, 9], [5], list(range(1, 60))]

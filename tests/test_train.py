@@ -25,8 +25,9 @@ from started import Started
 import train
 from data import (TRAITS, Batch, expert_batch, expert_subsets, joint_batch, load_records,
                   make_examples, router_batch, trait_groups)
+from experiments.common import response_nll
 from lora import lora_layers
-from personafuse import build, load_run, pad, response_batch
+from personafuse import build, load_run, response_batch
 from plumbing.files import UserError
 
 CPU = torch.device("cpu")
@@ -423,7 +424,7 @@ def test_the_loss_of_stage_1_is_that_of_an_expert_with_records(mini, small_data,
     model, settings = load_run(out, CPU, torch.float32)
     training, _ = train.read_examples(model, settings)
     batch = expert_batch(training, expert_subsets(training), 2, 0, seed=0)
-    nll, counts, _ = model.response_nll(batch.examples)
+    nll, counts = response_nll(model, batch.examples)
     per_expert = []
     for i in range(10):
         rows = [k for k, w in enumerate(batch.fixed_w) if w[i] == 1]
