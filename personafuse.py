@@ -9,6 +9,7 @@ the vocabulary, E experts.
 
 import math
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,6 +61,10 @@ class Config:
         rope = rope | (c.get("rope_scaling") or {})
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         check_supported(path, c, rope, rope_type)
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                    "num_attention_heads", "max_position_embeddings"):
+            if key in c and not (isinstance(c[key], int) and c[key] > 0):
+                raise UserError(f"{path}: {key} is {c[key]!r}, no positive number")
         # some files have null for false
         attention_bias = bool(c.get("attention_bias"))
         try:
@@ -74,7 +79,7 @@ class Config:
                 rms_norm_eps=c["rms_norm_eps"],
                 max_position_embeddings=c["max_position_embeddings"],
                 tie_word_embeddings=bool(c.get("tie_word_embeddings")),
-                rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
+                rope_theta=rope.get("rope_theta") or c.get("rope_theta") or 10000.0,
                 rope_scaling=rope if rope_type == "llama3" else None,
                 qkv_bias=c["model_type"] == "qwen2" or attention_bias,
                 o_bias=c["model_type"] == "llama" and attention_bias,
@@ -401,6 +406,21 @@ class PersonaFuse(nn.Module):
         context = self.router.encoder.config.max_position_embeddings
         return self.encoder_tokenizer.encode_queries(queries, self.query_format, context)
 
+    def encode_prompts(self, queries, max_new_tokens):
+        """Queries (strings) -> prompts (token ids), cut where the context must hold the answer too.
+
+        A quarter of it is left at least. What is cut is said.
+        """
+        context = self.base.config.max_position_embeddings
+        room = context - min(max_new_tokens, context // 4)
+        prompts = self.tokenizer.encode_queries(queries, "chat")
+        cut = [i for i, prompt in enumerate(prompts) if len(prompt) > room]
+        if cut:
+            print(f"{len(cut)} of {len(queries)} queries are cut to {room} tokens: the context of "
+                  f"the base is {context}", file=sys.stderr)
+        return [self.tokenizer.encode_query(query, "chat", room) if i in cut else prompts[i]
+                for i, query in enumerate(queries)]
+
     def embed(self, queries, rows=32, checkpointing=False, read=None):
         """Queries (token ids of encode_queries) -> persona embeddings h (n, d).
 
@@ -610,6 +630,21 @@ def read_tensors(folder, wanted, device, dtype):
     return tensors
 
 
+def base_sampling(folder):
+    """How the makers of a base have its answers drawn, where its generation_config.json says it."""
+    path = Path(folder) / "generation_config.json"
+    said = read_json(path, "") if path.exists() else {}
+    values = {}
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        value = said.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {name} is {value!r}, no positive number")
+        values[name] = value
+    return values
+
+
 def check_fits(llama, folder, device, weight_dtype):
     """UserError where the weights alone need more memory than the device has."""
     if device.type == "cuda":
@@ -682,6 +717,9 @@ def read_settings(run, base=None):
     path = Path(run) / "personafuse.json"
     settings = read_json(path, f"{run} holds no finished stage (no personafuse.json): "
                                "train with train.py first")
+    for key in ("base", "base_folder", "base_sha256", "encoder", "encoder_folder", "names"):
+        if key not in settings:
+            raise UserError(f"{path} is no run's: it does not name {key}")
     for what in ("base", "encoder"):
         name = settings[what]
         if name is None:                        # a baseline has no encoder

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from data import TRAITS, parse_traits
 from lora import merge, unmerge
-from personafuse import PersonaFuse, generate, load_llama, load_run, pick_device
+from personafuse import (PersonaFuse, base_sampling, generate, load_llama, load_run,
+                         pick_device)
 from plumbing.chat import ChatTokenizer
-from plumbing.files import UserError, check_text, number, read_json, run_program
+from plumbing.files import UserError, check_text, number, run_program
 from plumbing.models import find_model, model_table
 from router import ROUTES
 
@@ -82,23 +83,20 @@ def newest_run():
 
 
 def load_model(args):
-    """What --run and --base name -> the model; args gets the sampling defaults that belong to it:
-    the base's generation_config.json, then the run's preset.
-    """
+    """What --run and --base name -> the model; args gets the sampling that belongs to it."""
     device = pick_device(args.device, args.base)
     # without a run, what suits a small model that can speak
     settings = {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1}
     if args.route == "none" and args.base and not args.run:
         folder = find_model(args.base)
         llama = load_llama(folder, device, args.dtype)
-        model = PersonaFuse(llama, ChatTokenizer(folder))
+        tokenizer = ChatTokenizer(folder)
+        tokenizer.check_against(llama.embed_tokens.weight)
+        model = PersonaFuse(llama, tokenizer)
+        settings |= base_sampling(folder)
     else:
         model, run = load_run(args.run or newest_run(), device, args.dtype, args.base)
         settings |= run
-        folder = Path(run["base_folder"])
-    path = folder / "generation_config.json"
-    if path.exists():
-        settings |= read_json(path, "")
     for name in ("temperature", "top_p", "repetition_penalty"):
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
@@ -146,18 +144,9 @@ def answer(model, prompt, w, args):
     return text.strip()
 
 
-def check_length(model, query, prompt):
-    """UserError for a query that leaves no room for an answer."""
-    context = model.base.config.max_position_embeddings
-    if len(prompt) >= context:
-        raise UserError(f"the query {query[:40]!r}... has {len(prompt)} tokens with its chat "
-                        f"format, the context of the base is {context}")
-
-
 def answer_once(model, query, args):
     """The bars of the weights, then an answer for each setting of --compare and the main one."""
-    prompt = model.tokenizer.encode_prompt(query)
-    check_length(model, query, prompt)
+    prompt = model.encode_prompts([query], args.max_new_tokens)[0]
     w = model.mixing_weights([query], args.setting, seed=args.seed)
     print_weights(w)
     for setting in args.compare:
@@ -207,7 +196,8 @@ def answer_turn(model, query, history, setting, args):
     while history and len(prompt) + args.max_new_tokens > context:
         history.pop(0)                                  # the oldest turn makes room
         prompt = model.tokenizer.encode_prompt(query, history)
-    check_length(model, query, prompt)
+    if not history:
+        prompt = model.encode_prompts([query], args.max_new_tokens)[0]
     w = model.mixing_weights([query], setting, seed=args.seed)
     print_weights(w)
     return answer(model, prompt, w, args)

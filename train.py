@@ -24,7 +24,7 @@ from data import (TRAITS, VARIANTS, by_hash, expert_batch, expert_subsets, joint
                   load_records, make_examples, router_batch, split, trait_groups)
 from lora import clip_experts
 from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, trait_loss
-from personafuse import build, pad, pick_device, response_batch, save_run
+from personafuse import base_sampling, build, pad, pick_device, response_batch, save_run
 from plumbing.files import HERE, UserError, file_sha256, keep_freed_memory, number, run_program
 from plumbing.models import absolute, default_encoder, find_model, model_sha256, model_table
 from plumbing.processes import (any_process, from_first, joined_processes, my_share, process_count,
@@ -459,7 +459,7 @@ def run_settings(args):
             folder = find_model(settings[what], f"--{what}")
             settings[f"{what}_folder"] = str(folder)
             settings[f"{what}_sha256"] = model_sha256(folder)
-    return settings
+    return settings | base_sampling(settings["base_folder"])
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -475,6 +475,12 @@ def read_examples(model, settings):
         sides.append(make_examples(records, model, settings["max_length"], answer))
     if not sides[0]:
         raise UserError(f"{settings['data']} has no record to train on")
+    kept = [example for side in sides for example in side]
+    lost = len(training) + len(held_out) - len(kept)
+    cut = sum(example.cut for example in kept)
+    if (lost or cut) and process_rank() == 0:
+        print(f"{cut} records are cut and {lost} left out: longer than --max-length, "
+              f"{settings['max_length']} tokens, or than the base's context")
     return sides
 
 

@@ -48,10 +48,7 @@ def write_answers(model, texts, w, max_new_tokens, cot=False, **sampling):
         texts = [cot_prompt(text) for text in texts]
         max_new_tokens += COT_TOKENS
     tokenizer = model.tokenizer
-    # a prompt that fills the context is cut on the left: a quarter is left to answer in
-    context = model.base.config.max_position_embeddings
-    room = context - min(max_new_tokens, context // 4)
-    prompts = [tokenizer.encode_prompt(text)[-room:] for text in texts]
+    prompts = model.encode_prompts(texts, max_new_tokens)
     # like lengths run side by side: the cache is read as far as the longest
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     in_order = [prompts[i] for i in order]

@@ -215,3 +215,13 @@ def test_tokens_that_only_tokenizer_json_knows(tmp_path):
     assert chat.end == first + 1 and chat.end in chat.stop
     assert chat.decode(chat.encode_answer("hello")) == "hello"
     assert first not in chat.encode("<|im_start|>")             # typed by a user it is text
+
+
+@pytest.mark.parametrize("key, value", [("hidden_size", "64"), ("num_attention_heads", 0),
+                                        ("max_position_embeddings", None), ("num_hidden_layers", -1)])
+def test_a_config_without_a_meaning_is_named(tmp_path, key, value):
+    base = make_model(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {key: value}))
+    result = program("sample.py", "hi", "--base", base, "--route", "none")
+    assert fails_in_one_line(result, "config.json", key)

@@ -178,12 +178,27 @@ def test_bad_input_ends_in_one_line(run, mini, tmp_path):
     assert refused("hi", "--run", run, "--compare", "high ego", words=["high ego"])
     other = make_model(tmp_path / "other", seed=1)
     assert refused("hi", "--run", run, "--base", other, words=["other weights", mini, other])
-    assert refused("word " * 600, "--run", run, words=["tokens", "512"])
     assert refused("hi", "--base", "owner/model", "--route", "none", words=["owner/model"])
     assert refused("hi", "--base", "nothing", "--route", "none", words=["nothing"])
     assert refused("hi", "--base", mini, "--route", "none", "--traits", TRAITS_BY_HAND,
                    words=["bare base", "--run"])
     assert refused("hi", "--run", run, "--device", "gpu9", words=["gpu9"])
+
+
+def test_a_query_beyond_the_context_is_cut_and_that_is_said(run):
+    result = sample("word " * 600, "--run", run, "--max-new-tokens", 4)
+    assert succeeds(result)
+    assert "1 of 1 queries are cut to 508 tokens" in result.stderr
+    short = sample("word " * 20, "--run", run, "--max-new-tokens", 4)
+    assert "cut" not in short.stderr
+
+
+@pytest.mark.parametrize("said", ['{"temperature": "hot"}', '{"temperature": -1}', '{"top_p": NaN}'])
+def test_sampling_that_a_base_cannot_mean_is_named(mini, tmp_path, said):
+    base = shutil.copytree(mini, tmp_path / "base")
+    (base / "generation_config.json").write_text(said)
+    result = program("sample.py", "hi", "--base", base, "--route", "none")
+    assert fails_in_one_line(result, "generation_config.json", "no positive number")
 
 
 def test_broken_files_of_a_run_are_named(run, tmp_path):
