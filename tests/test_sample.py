@@ -12,7 +12,8 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import GREEDY, ROOT, fails_in_one_line, make_model, program, train_arguments
+from conftest import (GREEDY, ROOT, fails_in_one_line, make_model, program, succeeds,
+                      train_arguments)
 from safetensors.torch import load_file, save_file
 from test_llama import plain_greedy
 
