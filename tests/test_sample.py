@@ -12,8 +12,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import (GREEDY, ROOT, fails_in_one_line, make_model, program, succeeds,
-                      train_arguments)
+from conftest import GREEDY, ROOT, fails_in_one_line, make_model, program, train_arguments
 from safetensors.torch import load_file, save_file
 from test_llama import plain_greedy
 
@@ -188,7 +187,7 @@ def test_bad_input_ends_in_one_line(run, mini, tmp_path):
 
 def test_a_query_beyond_the_context_is_cut_and_that_is_said(run):
     result = sample("word " * 600, "--run", run, "--max-new-tokens", 4)
-    assert succeeds(result)
+    assert result.returncode == 0
     assert "1 of 1 queries are cut to 508 tokens" in result.stderr
     short = sample("word " * 20, "--run", run, "--max-new-tokens", 4)
     assert "cut" not in short.stderr
