@@ -404,22 +404,15 @@ class PersonaFuse(nn.Module):
     def encode_queries(self, queries):
         """Queries (strings) -> token ids as the router's encoder reads them, a list for each."""
         context = self.router.encoder.config.max_position_embeddings
-        return self.encoder_tokenizer.encode_queries(queries, self.query_format, context)
+        return encode_within(self.encoder_tokenizer, queries, self.query_format, context,
+                             "what the router's encoder can read")
 
     def encode_prompts(self, queries, max_new_tokens):
-        """Queries (strings) -> prompts (token ids), cut where the context must hold the answer too.
-
-        A quarter of it is left at least. What is cut is said.
-        """
+        """Queries (strings) -> prompts (token ids) that leave room for an answer in the context."""
         context = self.base.config.max_position_embeddings
         room = context - min(max_new_tokens, context // 4)
-        prompts = self.tokenizer.encode_queries(queries, "chat")
-        cut = [i for i, prompt in enumerate(prompts) if len(prompt) > room]
-        if cut:
-            print(f"{len(cut)} of {len(queries)} queries are cut to {room} tokens: the context of "
-                  f"the base is {context}", file=sys.stderr)
-        return [self.tokenizer.encode_query(query, "chat", room) if i in cut else prompts[i]
-                for i, query in enumerate(queries)]
+        return encode_within(self.tokenizer, queries, "chat", room,
+                             f"the base's context of {context} and the answer")
 
     def embed(self, queries, rows=32, checkpointing=False, read=None):
         """Queries (token ids of encode_queries) -> persona embeddings h (n, d).
@@ -473,6 +466,16 @@ class PersonaFuse(nn.Module):
                             "or choose another --route")
         w = self.route(self.encode_queries(queries))
         return keep_top(w, top_k) if top_k else w
+
+
+def encode_within(tokenizer, queries, format, limit, why):
+    """Queries -> token ids of each, `limit` at most: longer ones are cut, and that is said."""
+    rows = tokenizer.encode_queries(queries, format)
+    cut = sum(len(row) > limit for row in rows)
+    if not cut:
+        return rows
+    print(f"{cut} of {len(rows)} queries are cut to {limit} tokens: {why}", file=sys.stderr)
+    return tokenizer.encode_queries(queries, format, limit)
 
 
 def like_lengths(lengths, rows):

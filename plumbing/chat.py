@@ -125,6 +125,10 @@ class ChatTokenizer:
         except Exception as error:                      # tokenizers raises bare Exception
             raise UserError(f"cannot read {path}: {error}")
         self.folder = folder
+        kind = type(self.tokenizer.model).__name__
+        if kind != "BPE":
+            # their vocabulary holds control tokens itself: a user's text could become one
+            raise UserError(f"{path}: a tokenizer of type {kind} is not supported (BPE is)")
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.hold_back_control()

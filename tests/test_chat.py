@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, make_model, make_tokenizer
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
 
 from data import check_record, load_records, make_examples
 from plumbing.chat import PLAIN, ChatTokenizer, untrained
@@ -358,3 +358,11 @@ def test_the_rows_of_a_trained_model_count_as_trained():
     rows = load_file(ROOT / "tiny" / "model.safetensors")["model.embed_tokens.weight"]
     shortest = rows.float().norm(dim=1).argsort()[:20].tolist()
     assert untrained(shortest, rows) == set()
+
+
+def test_a_tokenizer_that_holds_control_tokens_in_its_vocabulary_is_refused(tmp_path):
+    base = make_model(tmp_path / "base")
+    unigram = Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0)], 0))
+    unigram.save(str(base / "tokenizer.json"))
+    with pytest.raises(UserError, match="Unigram is not supported"):
+        ChatTokenizer(base)

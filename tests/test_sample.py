@@ -188,7 +188,8 @@ def test_bad_input_ends_in_one_line(run, mini, tmp_path):
 def test_a_query_beyond_the_context_is_cut_and_that_is_said(run):
     result = sample("word " * 600, "--run", run, "--max-new-tokens", 4)
     assert result.returncode == 0
-    assert "1 of 1 queries are cut to 508 tokens" in result.stderr
+    assert "1 of 1 queries are cut to 508 tokens: the base's context" in result.stderr
+    assert "1 of 1 queries are cut to 512 tokens: what the router's encoder" in result.stderr
     short = sample("word " * 20, "--run", run, "--max-new-tokens", 4)
     assert "cut" not in short.stderr
 
