@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from plumbing.chat import ChatTokenizer  # noqa: F401, part of what a model's data is
 from plumbing.files import UserError, check_text, read_lines
 
 # The ten poles, in the order of p, of the experts and of their embeddings (footnote 3).
@@ -145,21 +146,20 @@ class Example:
         return len(self.prompt) + len(self.answer)
 
 
-def make_examples(records, model, max_length, answer="response"):
-    """Records -> Examples for a PersonaFuse.
+def make_examples(records, tokenizer, encode_queries, max_length, answer="response"):
+    """Records -> Examples. encode_queries: what the router's encoder reads of queries, or None.
 
-    An answer is cut so that prompt and answer hold max_length tokens, and no more than the base's
-    context; a prompt that leaves it no room is dropped. A query is cut at the encoder's context.
+    An answer is cut so that prompt and answer hold max_length tokens; a prompt that leaves it no
+    room is dropped.
     """
-    max_length = min(max_length, model.base.config.max_position_embeddings)
     examples = []
     # a thousand at a time: as Python's numbers all of them would take gigabytes
     for start in range(0, len(records), 1000):
         part = records[start:start + 1000]
         queries = [record["query"] for record in part]
-        prompts = model.tokenizer.encode_queries(queries, "chat")
-        answers = model.tokenizer.encode_answers([record[answer] for record in part])
-        encoder_queries = model.encode_queries(queries) if model.router else [[]] * len(part)
+        prompts = tokenizer.encode_queries(queries, "chat")
+        answers = tokenizer.encode_answers([record[answer] for record in part])
+        encoder_queries = encode_queries(queries) if encode_queries else [[]] * len(part)
         for record, prompt, ids, query in zip(part, prompts, answers, encoder_queries):
             room = max_length - len(prompt)
             if room > 0:

@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import TRAITS, parse_traits
+from data import TRAITS, ChatTokenizer, make_examples, parse_traits
 from lora import LoRALinear, expert_scales, init_experts, linear, load_experts, save_experts
-from plumbing.chat import ChatTokenizer
 from plumbing.files import UserError, atomic_write, read_json, write_json
 from plumbing.models import find_model, model_sha256, published_name
 from plumbing.processes import settle_math
@@ -413,6 +412,12 @@ class PersonaFuse(nn.Module):
         room = context - min(max_new_tokens, context // 4)
         return encode_within(self.tokenizer, queries, "chat", room,
                              f"the base's context of {context} and the answer")
+
+    def examples(self, records, max_length, answer="response"):
+        """Records -> the Examples of this model, within the contexts of base and encoder."""
+        limit = min(max_length, self.base.config.max_position_embeddings)
+        encode = self.encode_queries if self.router else None
+        return make_examples(records, self.tokenizer, encode, limit, answer)
 
     def embed(self, queries, rows=32, checkpointing=False, read=None):
         """Queries (token ids of encode_queries) -> persona embeddings h (n, d).

@@ -10,11 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from data import TRAITS, parse_traits
+from data import TRAITS, ChatTokenizer, parse_traits
 from lora import merge, unmerge
 from personafuse import (PersonaFuse, base_sampling, generate, load_llama, load_run,
                          pick_device)
-from plumbing.chat import ChatTokenizer
 from plumbing.files import UserError, check_text, number, run_program
 from plumbing.models import find_model, model_table
 from router import ROUTES

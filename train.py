@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data import (TRAITS, VARIANTS, by_hash, expert_batch, expert_subsets, joint_batch,
-                  load_records, make_examples, router_batch, split, trait_groups)
+                  load_records, router_batch, split, trait_groups)
 from lora import clip_experts
 from losses import contrastive_loss, cosine, joint_loss, lm_loss, router_loss, trait_loss
 from personafuse import base_sampling, build, pad, pick_device, response_batch, save_run
@@ -472,7 +472,7 @@ def read_examples(model, settings):
     held_out = sorted(held_out, key=by_hash)[:512]
     sides = []
     for records in (training, held_out):
-        sides.append(make_examples(records, model, settings["max_length"], answer))
+        sides.append(model.examples(records, settings["max_length"], answer))
     if not sides[0]:
         raise UserError(f"{settings['data']} has no record to train on")
     kept = [example for side in sides for example in side]

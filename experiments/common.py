@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import TRAITS, by_hash, load_records, make_examples, split
+from data import TRAITS, by_hash, load_records, split
 from plumbing.chat import ChatTokenizer
 from experiments.statistics import bootstrap
 from personafuse import OVERFLOW, Config, like_lengths, load_run, response_batch
@@ -113,7 +113,7 @@ def held_out_examples(model, settings, args):
     """The held-out records of a run that fit into its --max-length, and the same as Examples."""
     _, held = run_records(settings, data=args.data, limit=args.limit)
     records = fitting(held, settings)
-    return records, make_examples(records, model, settings["max_length"])
+    return records, model.examples(records, settings["max_length"])
 
 
 def activations(records):

@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from data import Example, make_examples
+from data import Example
 from experiments.answers import cot_prompt
 from experiments.common import (COT, SHORT, activations, auc_interval, break_ties, fitting,
                                 measure_rows, pole_auc, response_losses, run_records)
@@ -50,7 +50,7 @@ def comparison(args):
         """-> (losses, tokens) of the Persona-CoT responses, the same of the plain answers, w."""
         both = []
         for key in ANSWERS:
-            examples = make_examples(records, model, settings["max_length"], key)
+            examples = model.examples(records, settings["max_length"], key)
             if name == COT:
                 examples = ask_by_prompt(model, examples, records)
             both.append(response_losses(model, examples, w))
@@ -112,7 +112,7 @@ def forgetting(args):
 
     def record_losses(key):
         def losses(model, settings, w, name):
-            examples = make_examples(records, model, settings["max_length"], key)
+            examples = model.examples(records, settings["max_length"], key)
             return response_losses(model, examples, w)
         return measure_rows(args, records, (), losses)
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from data import TRAITS, load_records, make_examples, split
+from data import TRAITS, load_records, split
 from experiments.common import activations, fit_logistic
 from experiments.statistics import mean_interval, print_rows
 from losses import cosine
@@ -132,7 +132,7 @@ def main():
         "names": TRAITS, "rank": 1, "lora_alpha": 1, "seed": 0,
     }
     model = build(settings, CPU, "auto")
-    examples = make_examples(records, model, args.max_length)
+    examples = model.examples(records, args.max_length)
     features = None
     if not args.train_encoder:
         examples, features = read_once(model, examples)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import program, succeeds, train_arguments
 
-from data import load_records, make_examples
+from data import load_records
 from experiments.common import response_nll
 from lora import lora_layers
 from personafuse import load_llama, load_run, pick_dtype
@@ -34,7 +34,7 @@ def test_responses_score_alike_in_both_types(run, small_data):
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         model, _ = load_run(run, CPU, dtype)
-        examples = make_examples(load_records(small_data)[:20], model, 160)
+        examples = model.examples(load_records(small_data)[:20], 160)
         nll, counts = response_nll(model, examples, w)
         losses.append(nll / counts)
         alone = torch.cat([response_nll(model, [example], w[:1])[0] for example in examples[:3]])

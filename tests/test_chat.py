@@ -278,19 +278,20 @@ def test_half_an_emoji_is_refused_with_file_and_line(key, tmp_path):
 
 def test_examples_never_pass_the_contexts(tmp_path):
     ours = ChatTokenizer(make_folder(tmp_path, [END]))
-    context = SimpleNamespace(max_position_embeddings=60)
-    model = SimpleNamespace(tokenizer=ours, base=SimpleNamespace(config=context), router=True,
-                            encode_queries=lambda queries: ours.encode_queries(queries, "raw", 10))
+    def examples(records, max_length):
+        return make_examples(records, ours, lambda queries: ours.encode_queries(queries, "raw", 10),
+                             min(max_length, 60))
+
     records = [check_record(RECORD | changes) for changes in (
         {}, {"response": "No. " * 600}, {"query": "help " * 4}, {"query": "help " * 400})]
-    short, long, long_query = make_examples(records, model, 4096)
+    short, long, long_query = examples(records, 4096)
     assert [example.cut for example in (short, long, long_query)] == [False, True, False]
     assert ours.decode(short.answer) == " That sounds hard." and short.answer[-1] == ours.end
     assert long.length == 60 and long.answer[-1] != ours.end
     assert len(long_query.query) == 10 and ours.decode(long_query.query) in records[2]["query"]
     room = len(ours.encode_prompt(RECORD["query"])) + 2
-    assert make_examples(records[:1], model, room)[0].length == room
-    assert make_examples(records[:1], model, room - 2) == []
+    assert examples(records[:1], room)[0].length == room
+    assert examples(records[:1], room - 2) == []
 
 
 # ------------------------------------------------------------------------- tokenizer and embedding

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, fails_in_one_line, program
 
 from data import (TRAITS, Example, expert_batch, expert_subsets, held_out, joint_batch,
-                  load_records, make_examples, parse_traits, router_batch, sample_indices, split,
+                  load_records, parse_traits, router_batch, sample_indices, split,
                   trait_groups)
 from personafuse import PersonaFuse, load_llama
 from plumbing.chat import ChatTokenizer
@@ -110,13 +110,13 @@ def test_examples_fit_the_length_and_keep_the_answer(mini):
     p = (1,) + (0,) * 9
     records = [GOOD | {"p": p}, GOOD | {"query": "long " * 300, "p": p}]
     # the long query leaves its answer no room
-    example, = make_examples(records, model, 40)
+    example, = model.examples(records, 40)
     assert example.length == len(example.prompt) + len(example.answer) <= 40
-    whole = make_examples(records[:1], model, 400)[0]
+    whole = model.examples(records[:1], 400)[0]
     answer = tokenizer.decode(whole.answer.tolist())
     assert re.sub(r"\s+", " ", answer).strip() == GOOD["response"]
     assert whole.answer[-1] == tokenizer.end and not whole.cut
-    cut = make_examples(records[:1], model, whole.length - 2)[0]
+    cut = model.examples(records[:1], whole.length - 2)[0]
     assert cut.cut and cut.answer.tolist() == whole.answer[:-2].tolist()
 
 

@@ -24,7 +24,7 @@ from started import Started
 
 import train
 from data import (TRAITS, Batch, expert_batch, expert_subsets, joint_batch, load_records,
-                  make_examples, router_batch, trait_groups)
+                  router_batch, trait_groups)
 from experiments.common import response_nll
 from lora import lora_layers
 from personafuse import build, load_run, response_batch
@@ -45,7 +45,7 @@ def make_trainer(mini, data):
     for _, layer in lora_layers(model.base):
         layer.B.data = 0.05 * torch.randn(layer.B.shape, generator=generator)
     model.router.e.data = torch.randn(10, 32, generator=generator)
-    return model, make_examples(load_records(data), model, 120)
+    return model, model.examples(load_records(data), 120)
 
 
 @pytest.fixture(scope="module")
