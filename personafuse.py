@@ -495,11 +495,13 @@ def like_lengths(lengths, rows):
 def pad(rows, device, fill=0):
     """Rows of ids -> tokens (B, T), padded on the right, and lengths (B,).
 
-    T is a multiple of 16: the library under bf16 products on a CPU keeps buffers for every shape
-    that it has seen. A causal model does not look to the right.
+    T of several rows is a multiple of 16: the library under bf16 products on a CPU keeps buffers
+    for every shape that it has seen. A causal model does not look to the right.
     """
     lengths = torch.tensor([len(row) for row in rows])
-    width = math.ceil(int(lengths.max()) / 16) * 16
+    width = int(lengths.max())
+    if len(rows) > 1:
+        width = math.ceil(width / 16) * 16
     tokens = torch.full((len(rows), width), fill)
     for i, row in enumerate(rows):
         tokens[i, :len(row)] = torch.tensor(row)
