@@ -26,6 +26,7 @@ import train
 from data import (TRAITS, Batch, expert_batch, expert_subsets, joint_batch, load_records,
                   router_batch, trait_groups)
 from experiments.common import response_nll
+from experiments.record import Unsaved
 from lora import lora_layers
 from personafuse import build, load_run, response_batch
 from plumbing.files import UserError
@@ -315,20 +316,6 @@ def test_stage_1_rows_come_from_the_subset_of_their_expert(examples):
 
 # --------------------------------------------------------------------------------- a stage
 
-class NoRun:
-    """A run that keeps nothing."""
-    stop_requested = False
-
-    def log(self, line):
-        pass
-
-    def save_due(self, step):
-        return False
-
-    def save_state(self, stage, step, tensors, done):
-        pass
-
-
 def expert_rows(name, t):
     """A stacked A or B as ten rows, one for each expert."""
     if name.endswith("A"):
@@ -346,7 +333,7 @@ def test_frozen_means_frozen_and_each_stage_trains_its_own(model, examples, froz
     examples = [example for example in examples if not example.p[1] and not example.p[8]]
     for stage in (1, 2, 3):
         before = {name: t.detach().clone() for name, t in model.named_parameters()}
-        train.run_stage(model, stage, 0, examples, args, NoRun())
+        train.run_stage(model, stage, 0, examples, args, Unsaved())
         for name, t in model.named_parameters():
             expert = name.endswith((".A", ".B")) and stage != 2
             encoder = name.startswith("router.encoder.")
