@@ -429,7 +429,9 @@ def parse_arguments():
     if args.variant != "personafuse":
         if args.stage == "2":
             parser.error("a baseline is one LoRA without a router: it has no stage 2")
-        # of the size of the ten experts together; alpha/rank, the scale of ΔW, stays
+        # of the size of the ten experts together, and a step reads as many records as theirs;
+        # alpha/rank, the scale of ΔW, stays
+        args.batch1 *= len(TRAITS)
         args.rank *= len(TRAITS)
         args.lora_alpha *= len(TRAITS)
     return args
