@@ -24,7 +24,9 @@ TRAITS = [
     "high agreeableness", "low agreeableness",
     "high neuroticism", "low neuroticism",
 ]
-
+# a word for each, for a reader who says what answers should be more like
+WORDS = ["imaginative", "down-to-earth", "organized", "spontaneous", "outgoing", "quiet",
+         "kind", "blunt", "worried", "calm"]
 
 # what is trained -> the key of the answer that it is trained on; all but the first are baselines
 # (section 6.1)

@@ -437,16 +437,21 @@ class PersonaFuse(nn.Module):
         return torch.cat(h)[order.argsort()]
 
     @torch.no_grad()
-    def route(self, queries):
-        """Queries (token ids of encode_queries) -> mixing weights w (n, E), Eq. 1."""
-        return self.router.weights(self.embed(queries))
+    def route(self, queries, remarks=None):
+        """Queries (token ids of encode_queries) -> mixing weights w (n, E), Eq. 1.
 
-    def mixing_weights(self, queries, setting="learned", top_k=None, seed=0):
+        remarks: a reader's, a number for each pole; see Router.weights.
+        """
+        if remarks is not None:
+            remarks = torch.tensor(remarks, device=self.device)
+        return self.router.weights(self.embed(queries), remarks)
+
+    def mixing_weights(self, queries, setting="learned", top_k=None, seed=0, remarks=None):
         """Queries (strings) -> w (n, E), or None for the bare base (setting "none").
 
         setting: one of ROUTES ("random2" is the paper's Random Route 2), or weights by hand as
         `parse_traits` reads them. A baseline's one LoRA has weight 1 whatever the route. `top_k`
-        keeps only the largest of the router's weights.
+        keeps only the largest of the router's weights; `remarks` shift them, see Router.weights.
         """
         if setting == "none":
             return None
@@ -469,7 +474,7 @@ class PersonaFuse(nn.Module):
         if self.router is None:
             raise UserError("this run has no router yet: run `python train.py --stage 2`, "
                             "or choose another --route")
-        w = self.route(self.encode_queries(queries))
+        w = self.route(self.encode_queries(queries), remarks)
         return keep_top(w, top_k) if top_k else w
 
 

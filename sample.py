@@ -10,11 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from data import TRAITS, ChatTokenizer, parse_traits
+from data import TRAITS, WORDS, ChatTokenizer, parse_traits
 from lora import merge, unmerge
 from personafuse import (PersonaFuse, base_sampling, generate, load_llama, load_run,
                          pick_device)
-from plumbing.files import UserError, check_text, number, run_program
+from plumbing.files import (UserError, check_text, number, read_json, run_program,
+                            write_json)
 from plumbing.models import find_model, model_table
 from router import ROUTES
 
@@ -33,6 +34,7 @@ def parse_arguments():
     add("--compare", action="append", nargs="?", const="none", default=[], metavar="WEIGHTS",
         help="before that another answer: of the bare base, or with these weights or this route; "
              "may be given again")
+    add("--profile", metavar="FILE", help="keeps what a reader asked for by /more and /less")
     add("--max-new-tokens", type=number(int, 1), default=200)
     # what these are by default belongs to the base: a small one repeats itself, or goes astray
     add("--temperature", type=number(float, 0), help="0 takes the likeliest token (default, as of "
@@ -49,8 +51,12 @@ def parse_arguments():
         parser.error("give a query")
     # one setting says how the experts are mixed: a route's name, or weights by hand
     args.setting = args.traits or args.route
+    # complain before anything is loaded
     for setting in [args.setting, *args.compare]:
-        check_setting(setting)                          # complain before anything is loaded
+        check_setting(setting)
+    if args.profile and args.setting != "learned":
+        parser.error("--profile shifts the router's weights: it goes with no --traits or --route")
+    args.remarks = load_profile(args.profile)
     if args.query is not None:
         args.query = check_query(args.query)
     return args
@@ -71,6 +77,20 @@ def check_query(query):
     if not query:
         raise UserError("the query is empty")
     return query
+
+
+def load_profile(path):
+    """A reader's remarks, from the JSON file {word: number} where there is one -> a number for each
+    pole: how often they asked for more of it, less how often for less.
+    """
+    remarks = [0] * len(TRAITS)
+    if path and Path(path).exists():
+        for word, count in read_json(path, "").items():
+            if word not in WORDS or type(count) is not int or abs(count) > 99:
+                raise UserError(f"{path}: {word!r}: {count!r} is no remark; it has whole numbers "
+                                f"for {', '.join(WORDS)}")
+            remarks[WORDS.index(word)] = count
+    return remarks
 
 
 def newest_run():
@@ -146,7 +166,7 @@ def answer(model, prompt, w, args):
 def answer_once(model, query, args):
     """The bars of the weights, then an answer for each setting of --compare and the main one."""
     prompt = model.encode_prompts([query], args.max_new_tokens)[0]
-    w = model.mixing_weights([query], args.setting, seed=args.seed)
+    w = model.mixing_weights([query], args.setting, seed=args.seed, remarks=args.remarks)
     print_weights(w)
     for setting in args.compare:
         print("bare base:" if setting == "none" else f"{setting}:")
@@ -162,7 +182,8 @@ def answer_once(model, query, args):
 def converse(model, args):
     """A conversation in the terminal. The router reads the last user turn; the base reads all."""
     print("/traits high openness=0.5, ...   weights by hand        /new    a new conversation\n"
-          "/route learned (uniform, none)   the router's again     /quit   or Ctrl-D")
+          "/route learned (uniform, none)   the router's again     /quit   or Ctrl-D\n"
+          "/more kind, /less blunt          from now on; also " + ", ".join(WORDS))
     setting = args.setting
     history = []
     while True:
@@ -179,13 +200,29 @@ def converse(model, args):
                 history = []
             elif command in ("/traits", "/route"):
                 setting = check_setting(rest.strip())
+            elif command in ("/more", "/less"):
+                if model.router is None or setting != "learned":
+                    raise UserError("remarks shift the router's weights: /route learned first")
+                remark(command, rest.strip(), args)
             elif line.startswith("/"):
-                raise UserError(f"there is no {command}: /traits, /route, /new, /quit")
+                raise UserError(f"there is no {command}: /traits, /route, /more, /less, /new, "
+                                "/quit")
             elif line:
                 query = check_query(line)
                 history.append((query, answer_turn(model, query, history, setting, args)))
         except UserError as error:                      # a slip of the hand ends no conversation
             print(f"error: {error}")
+
+
+def remark(command, word, args):
+    """"/more" or "/less" of one of WORDS: args.remarks change, and the profile if there is one."""
+    if word not in WORDS:
+        raise UserError(f"{command} what? One of {', '.join(WORDS)}")
+    args.remarks[WORDS.index(word)] += 1 if command == "/more" else -1
+    said = {word: count for word, count in zip(WORDS, args.remarks) if count}
+    if args.profile:
+        write_json(args.profile, said)
+    print(", ".join(f"{word} {count:+}" for word, count in said.items()) or "as it was")
 
 
 def answer_turn(model, query, history, setting, args):
@@ -197,7 +234,7 @@ def answer_turn(model, query, history, setting, args):
         prompt = model.tokenizer.encode_prompt(query, history)
     if not history:
         prompt = model.encode_prompts([query], args.max_new_tokens)[0]
-    w = model.mixing_weights([query], setting, seed=args.seed)
+    w = model.mixing_weights([query], setting, seed=args.seed, remarks=args.remarks)
     print_weights(w)
     return answer(model, prompt, w, args)
 

@@ -12,6 +12,8 @@
                                         what sharper weights, and better ones, are worth
     python -m experiments.evaluate --run out/tiny --questionnaire
                                         50 items of the IPIP, asked of each expert
+    python -m experiments.evaluate --run out/tiny --feedback --limit 12
+                                        how many remarks until answers show what was asked for
     python -m experiments.evaluate --run out/tiny --forgetting --text english.txt
                                         what was lost of what the base could do
     python -m experiments.evaluate --run out/tiny --probe data_full.json
@@ -32,6 +34,7 @@ from experiments.common import load_experts_run
 from experiments.comparison import COMPARISON, FORGETTING, comparison, forgetting
 from experiments.control import CONTROL, STEERING, control, steering
 from experiments.expression import EXPRESSION, expression
+from experiments.feedback import FEEDBACK, feedback
 from experiments.judges import JUDGED
 from experiments.probe import PROBE, probe
 from experiments.questionnaire import QUESTIONNAIRE, questionnaire
@@ -47,6 +50,7 @@ OF_EACH_RUN = {
     "steering": (steering, STEERING),
     "routing": (routing, ROUTING),
     "questionnaire": (questionnaire, QUESTIONNAIRE),
+    "feedback": (feedback, FEEDBACK),
 }
 # what measures all runs side by side
 OF_ALL_RUNS = {

@@ -39,6 +39,21 @@ def test_equation_1_written_out(encoder):
         assert w[i].tolist() == pytest.approx(equation_1(h[i], router.e, 0.5), rel=1e-4)
 
 
+def test_a_remark_multiplies_a_weight_by_e_squared(encoder):
+    generator = torch.Generator().manual_seed(0)
+    router = Router(encoder, tau=0.3)
+    router.e.data = torch.randn(10, 32, generator=generator)
+    h = torch.randn(2, 32, generator=generator)
+    remarks = torch.tensor([0, 1, 0, -2, 0, 0, 0, 0, 0, 0])
+    w = router.weights(h, remarks)
+    for i in range(2):
+        grown = equation_1(h[i], router.e, 0.3)
+        grown[1] *= math.e ** 2
+        grown[3] /= math.e ** 4
+        expected = [x / sum(grown) for x in grown]
+        assert w[i].tolist() == pytest.approx(expected, rel=1e-4)
+
+
 def test_no_weight_passes_045_at_tau_1(encoder):
     router = Router(encoder, tau=1.0)
     axis = torch.eye(1, 32)

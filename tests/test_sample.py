@@ -1,5 +1,6 @@
 """sample.py as a user runs it, on the small run."""
 
+import json
 import os
 import pty
 import re
@@ -253,9 +254,9 @@ def test_without_a_terminal_a_query_is_asked_for(run):
 
 # -------------------------------------------------------------------------------- conversation
 
-def converse(run, *lines):
+def converse(run, *lines, options=()):
     """Type lines into `python sample.py` in a terminal of its own -> all that it showed."""
-    command = [sys.executable, "sample.py", "--run", run, *GREEDY, "--max-new-tokens", 8]
+    command = [sys.executable, "sample.py", "--run", run, *GREEDY, "--max-new-tokens", 8, *options]
     ours, theirs = pty.openpty()
     process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdin=theirs,
                                stdout=theirs, stderr=theirs)
@@ -302,10 +303,54 @@ def test_a_conversation_keeps_the_turns_and_obeys_its_commands(run, model):
     assert first in turns[1] and second in turns[2]
 
 
+# ------------------------------------------------------------------------------------- remarks
+
+def bar_of(turn, pole):
+    for line in turn.splitlines():
+        if line.startswith(f"  {pole}"):
+            return float(line.split()[2])
+
+
+def test_remarks_move_the_bars_and_stay_in_the_profile(run, tmp_path):
+    profile = tmp_path / "me.json"
+    code, seen = converse(run, "I feel anxious", "/more imaginative", "/more imaginative",
+                          "/less spontaneous", "/more rude", "I feel anxious",
+                          "/traits high openness", "/more calm",
+                          options=["--profile", profile])
+    assert code == 0, seen
+    turns = seen.split("you: ")
+    assert "imaginative +2" in turns[3] and "imaginative +2, spontaneous -1" in turns[4]
+    assert "/more what? One of imaginative" in turns[5]
+    before, after = turns[1], turns[6]
+    assert bar_of(after, "high openness") > bar_of(before, "high openness")
+    assert bar_of(after, "low conscientiousness") < bar_of(before, "low conscientiousness")
+    assert "/route learned first" in turns[8]
+    assert json.loads(profile.read_text(encoding="utf-8")) == {"imaginative": 2, "spontaneous": -1}
+    # the next conversation, and a single question, begin there
+    bars, _ = shown("I feel anxious", "--run", run, "--profile", profile)
+    assert bars["high openness"] == bar_of(after, "high openness")
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"rude": 1}', "'rude': 1 is no remark"), ('{"kind": "much"}', "'kind': 'much' is no remark"),
+    ('{"kind": 1000}', "no remark"), ('{"kind": true}', "no remark"), ("[]", "no JSON object"),
+    ("{", "cannot read")])
+def test_a_profile_that_is_none_is_refused(text, said, tmp_path):
+    profile = tmp_path / "me.json"
+    profile.write_text(text, encoding="utf-8")
+    assert fails_in_one_line(sample("hi", "--profile", profile), said, profile.name)
+
+
+def test_a_profile_goes_with_the_router_only(tmp_path):
+    result = sample("hi", "--profile", tmp_path / "me.json", "--route", "uniform")
+    assert result.returncode == 2 and "--profile shifts the router's weights" in result.stderr
+
+
 def test_the_oldest_turns_make_room(model):
     history = [(f"question {i} " + "word " * 20, "answer " * 20) for i in range(8)]
     newest = history[-1]
-    args = Namespace(max_new_tokens=8, seed=0, temperature=0.0, top_p=1.0, repetition_penalty=1.0)
+    args = Namespace(max_new_tokens=8, seed=0, temperature=0.0, top_p=1.0, repetition_penalty=1.0,
+                     remarks=None)
     answer_turn(model, "and now?", history, "none", args)
     assert 1 <= len(history) < 8 and history[-1] == newest
     # no more than had to go, all turns being of one length

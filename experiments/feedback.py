@@ -1,0 +1,67 @@
+"""Feedback: how many remarks ("/more kind") until answers show what a reader asks for?
+
+    python -m experiments.evaluate --feedback --run out/smollm2 --limit 12
+
+A simulated reader of each pole puts held-out queries that do not call for it, and after each answer
+asks for more of the pole; an answer shows it when the automatic reader of experiments/expression.py
+finds it likelier than not.
+
+n queries, E = 10 experts.
+"""
+
+import numpy as np
+
+from data import TRAITS, WORDS
+from experiments.answers import sampling, write_answers
+from experiments.common import run_records
+from experiments.expression import make_reader
+from experiments.statistics import mean_interval
+from plumbing.files import UserError
+
+REMARKS = range(6)
+
+FEEDBACK = """
+Of the answers to queries that do not call for a pole, how many show it after so many remarks that
+ask for more of it, in %; until: remarks that half of the readers need; weight: the expert's, at the
+last. At most: of the records' own responses that have the pole. In brackets 95% intervals, by
+bootstrap over the queries of all poles."""
+
+
+def feedback(model, settings, args):
+    """--feedback: answers after 0 to 5 remarks for each pole, --limit queries each."""
+    if model.router is None:
+        raise UserError("this run has no router yet: run `python train.py --stage 2`")
+    training, held = run_records(settings, data=args.data)
+    reader, _ = make_reader(training)
+    rows = []
+    all_shown = []
+    for i, pole in enumerate(TRAITS):
+        queries = [record["query"] for record in held if not record["p"][i]][:args.limit]
+        own = [record["response"] for record in held if record["p"][i]]
+        shown = []
+        for count in REMARKS:
+            remarks = [0] * len(TRAITS)
+            remarks[i] = count
+            w = model.mixing_weights(queries, remarks=remarks)                  # (n, E)
+            answers = write_answers(model, queries, w, args.max_new_tokens,
+                                    **sampling(settings, args))
+            shown.append(100 * (reader.scores(answers)[:, i] > 0))              # (n,)
+        all_shown.append(np.array(shown))                                       # (6, n)
+        row = {"name": f"/more {WORDS[i]}"}
+        row |= {f"{count} remarks": of.mean() for count, of in zip(REMARKS, shown)}
+        row["at most"] = 100 * (reader.scores(own)[:, i] > 0).mean()
+        rows.append(row | {"until": until(np.array(shown)), "weight": float(w[:, i].mean())})
+    total = np.concatenate(all_shown, axis=1)                                   # (6, 10 n)
+    row = {"name": "all poles"}
+    row |= {f"{count} remarks": mean_interval(of) for count, of in zip(REMARKS, total)}
+    rows.insert(0, row | {"until": until(total)})
+    return {"feedback": rows}
+
+
+def until(shown):
+    """shown (6, n), 100 where an answer shows the pole -> how many remarks it takes until half of
+    the n readers have seen it once; None where five do not suffice.
+    """
+    seen = np.maximum.accumulate(shown, axis=0).mean(axis=1)                    # (6,)
+    enough = np.flatnonzero(seen >= 50)
+    return int(enough[0]) if len(enough) else None
