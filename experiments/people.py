@@ -70,6 +70,9 @@ def parse_arguments():
              "each trait swapped")
     add("--n", type=number(int, 1), default=50, help="pairs, at most, of held-out queries")
     add("--max-new-tokens", type=number(int, 1), default=200)
+    add("--answers", metavar="FILE",
+        help="take what it has from what `experiments.evaluate --expression --json` wrote; the "
+             "rest is written by the options here, which should be the same")
     add_sampling(sheet)
 
     tally.add_argument("ratings", nargs="+", metavar="RATINGS.json")
@@ -94,7 +97,10 @@ def write_sheet(args):
     Path(key_file).parent.mkdir(parents=True, exist_ok=True)
     _, records = run_records(read_settings(args.run[0]), limit=args.n)
     queries = [record["query"] for record in records]
-    answers = [generate_answers(run, route, queries, args) for run, route in contestants]
+    answers = []
+    for run, route in contestants:
+        found = saved_answers(args.answers, run, route, records) if args.answers else None
+        answers.append(found or generate_answers(run, route, queries, args))
     pairs, who_is_a = make_pairs(queries, *answers)
 
     described = [describe(run, route) for run, route in contestants]
@@ -117,6 +123,20 @@ def generate_answers(run, route, queries, args):
         w = w[:, OPPOSITE]
     options = sampling(read_settings(args.run[0]), args)
     return write_answers(model, queries, w, args.max_new_tokens, route == "cot", **options)
+
+
+def saved_answers(path, run, route, records):
+    """One contestant's answers in what `experiments.evaluate --expression --json` wrote, or None
+    where it lacks some.
+    """
+    rows = read_json(path, f"there is no {path}").get("answers", {})
+    name = Path(run).name
+    row = {"learned": name, "none": "bare base"}.get(route, f"{name}, {route}")
+    # rows are in the order of the records, which one of them holds
+    answer_to = dict(zip(rows.get("the records' responses", []), rows.get(row, [])))
+    answers = [answer_to.get(record["response"]) for record in records]
+    print(f"{row}: {'written anew' if None in answers else f'from {path}'}")
+    return None if None in answers else answers
 
 
 def make_pairs(queries, first, second):

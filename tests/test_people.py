@@ -18,7 +18,7 @@ from data import by_hash
 from experiments import people
 from experiments.answers import write_answers
 from experiments.common import run_records
-from personafuse import load_run
+from personafuse import load_run, read_settings
 from plumbing.files import file_sha256
 
 # what a model may write, and a page must not take for its own
@@ -158,6 +158,34 @@ def test_the_bare_base_against_a_run(run, tmp_path):
     # a key is never lost, and with it what the ratings of its pairs say
     assert fails_in_one_line(program(*arguments), "bare.key.json is there already")
     assert name.with_suffix(".html").read_text() == page
+
+
+def test_answers_that_were_written_already(run, tmp_path):
+    """Two rows are taken as they are, by their records; the opposite poles are in none of them."""
+    _, held = run_records(read_settings(run))
+    rows = {
+        "the records' responses": [record["response"] for record in held],
+        "bare base": [f"bare {record['query']}" for record in held],
+        run.name: [f"mixed {record['query']}" for record in held],
+    }
+    saved = tmp_path / "expression.json"
+    saved.write_text(json.dumps({"answers": rows}))
+    sheet = ["experiments.people", "sheet", "--run", run, "--answers", saved, *SHEET]
+    result = program(*sheet, tmp_path / "bare", "--route", "none")
+    assert result.stdout.startswith(f"{run.name}: from {saved}\nbare base: from {saved}\n")
+    key = json.loads((tmp_path / "bare.key.json").read_text())
+    for pair in pairs_of(tmp_path / "bare"):
+        texts = [f"mixed {pair['query']}", f"bare {pair['query']}"]
+        side = key["a"][pair["id"]]
+        assert [pair["a"], pair["b"]] == [texts[side], texts[1 - side]]
+
+    result = program(*sheet, tmp_path / "opposite", "--route", "opposite")
+    assert f"{run.name}, opposite: written anew" in result.stdout
+    for pair in pairs_of(tmp_path / "opposite"):
+        saved_side, = [side for side in "ab" if pair[side] == f"mixed {pair['query']}"]
+        assert "mixed" not in pair["ba"["ab".index(saved_side)]]
+    missing = program(*sheet[:4], "--answers", tmp_path / "none", "--route", "none", tmp_path / "x")
+    assert fails_in_one_line(missing, "there is no", "none")
 
 
 def test_two_are_compared(run, tmp_path):
@@ -365,7 +393,14 @@ def sheet(browser, tmp_path):
 
 
 def choose(browser, pair, choice):
-    browser.click(f"input[name='{pair['id']}'][value='{choice}']")
+    selector = f"input[name='{pair['id']}'][value='{choice}']"
+
+    def click():
+        browser.click(selector)
+        return browser.run(f"return [...document.querySelectorAll(\"{selector}:checked\")]")
+
+    # a browser that is busy may miss a click on a page that it has not painted yet
+    assert wait_for(browser, click, 1)
 
 
 def wait_for(browser, look, count):
@@ -409,10 +444,14 @@ def test_whoever_comes_back_goes_on_where_they_were(browser, sheet, tmp_path):
     first, *_, last = pairs_of(sheet)
     choose(browser, first, "b")
     choose(browser, last, "tie")
-    browser.open(sheet.with_suffix(".html"))
-    checked = browser.run("return [...document.querySelectorAll(':checked')]"
-                          ".map((button) => button.name + button.value)")
-    assert checked == [first["id"] + "b", last["id"] + "tie"]
+
+    def come_back():
+        browser.open(sheet.with_suffix(".html"))
+        return browser.run("return [...document.querySelectorAll(':checked')]"
+                           ".map((button) => button.name + button.value)")
+
+    # a browser that is busy has not stored it at once
+    assert wait_for(browser, come_back, 2) == [first["id"] + "b", last["id"] + "tie"]
     assert browser.text("#left") == "2 pairs are left to rate."
     # another sheet of the same name knows nothing of it
     (tmp_path / "other").mkdir()
