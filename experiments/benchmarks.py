@@ -1,5 +1,4 @@
-"""Four of the paper's benchmarks, and what a judge thinks, in one table: a row for each score, a
-column for each run.
+"""Four of the paper's benchmarks in one table: a row for each score, a column for each run.
 
 A benchmark's own files are read from --data DIR, or from DIR/NAME. Prompts are worded by us, in the
 authors' form; answers are read and scored by their rules, unusable ones included.
@@ -15,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.answers import ask_model
-from experiments.judges import JUDGED, pairwise
 from experiments.sources import read_file
 from experiments.statistics import mean_interval
 from personafuse import load_run
@@ -26,7 +24,7 @@ LETTERS = "ABCDEFGHIJ"
 TRIES = 5
 BENCHMARKS = """
 Scores from 0 to 100; in brackets 95% intervals, by bootstrap over the questions. Unusable answers
-count as wrong, but for a judge's verdicts, which are left out.
+count as wrong.
 """
 EQ_BENCH_FILE = "eq_bench_v2_questions_171.json"
 
@@ -279,18 +277,14 @@ def benchmarks(args):
     """Every run of --run on every benchmark of --tasks -> {"": rows of a table}."""
     names = args.tasks.split(",")
     for name in names:
-        if name not in TASKS and name not in JUDGED:
-            raise UserError(f"unknown task {name!r}; there are {', '.join([*TASKS, *JUDGED])}")
-        if name in JUDGED and not (args.judge and args.judge_model):
-            raise UserError(f"{name} needs a judge: --judge URL of an OpenAI-compatible endpoint, "
-                            "and --judge-model NAME")
+        if name not in TASKS:
+            raise UserError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     # read all files before any model: what is missing is said at once
-    asked = {name: read_questions(name, args.data)[:args.limit] for name in names if name in TASKS}
-    opponents = {}
+    asked = {name: read_questions(name, args.data)[:args.limit] for name in names}
     table = {}
     for run in args.run:
         model = None                            # two large ones need not fit at once
-        model, settings = load_run(run, args.device, args.dtype)
+        model, _ = load_run(run, args.device, args.dtype)
         label = Path(run).name
         if args.route != "learned":
             label += f", {args.route}"
@@ -298,8 +292,6 @@ def benchmarks(args):
         for name, questions in asked.items():
             answers = ask_questions(model, questions, args, TASKS[name].max_new_tokens)
             rows += score_questions(name, questions, answers)
-        if "pairwise" in names:
-            rows += pairwise(label, model, settings, args, opponents)
         # a row of each score, and in it two columns of each run
         for row in rows:
             scores = {label: row.pop("score"), f"{label}: unusable": row.pop("unusable")}

@@ -16,12 +16,8 @@
                                         how many remarks until answers show what was asked for
     python -m experiments.evaluate --run out/tiny --forgetting --text english.txt
                                         what was lost of what the base could do
-    python -m experiments.evaluate --run out/tiny --probe data_full.json
-                                        what the encoder learned (Table 6)
     python -m experiments.evaluate --run out/tiny --tasks emobench,gsm8k --data DIR --limit 20
                                         the paper's benchmarks
-    python -m experiments.evaluate --run out/tiny --tasks pairwise \\
-        --judge URL --judge-model NAME  a judge's opinion
 """
 
 import argparse
@@ -35,8 +31,6 @@ from experiments.comparison import COMPARISON, FORGETTING, comparison, forgettin
 from experiments.control import CONTROL, STEERING, control, steering
 from experiments.expression import EXPRESSION, expression
 from experiments.feedback import FEEDBACK, feedback
-from experiments.judges import JUDGED
-from experiments.probe import PROBE, probe
 from experiments.questionnaire import QUESTIONNAIRE, questionnaire
 from experiments.routing import ROUTING, routing
 from experiments.statistics import print_rows
@@ -57,7 +51,6 @@ OF_ALL_RUNS = {
     "comparison": (comparison, COMPARISON),
     "expression": (expression, EXPRESSION),
     "forgetting": (forgetting, FORGETTING),
-    "probe": (probe, PROBE),
     "tasks": (benchmarks, BENCHMARKS),
 }
 
@@ -72,8 +65,7 @@ def parse_arguments():
     measure = parser.add_mutually_exclusive_group().add_argument
     for name in (*OF_EACH_RUN, "expression", "forgetting"):
         measure(f"--{name}", dest="measure", action="store_const", const=name)
-    measure("--probe", metavar="FILE", help="labelled texts: data_full.json of CLINC150, or CSV")
-    measure("--tasks", help=", ".join([*TASKS, *JUDGED]))
+    measure("--tasks", help=", ".join(TASKS))
 
     add("--data", help="the records, where they are not found; for --tasks the benchmarks' folder")
     add("--limit", type=number(int, 1),
@@ -83,8 +75,6 @@ def parse_arguments():
         help="for --tasks; cot: the bare base answers through the Persona-CoT prompt")
     add("--top-k", type=number(int, 1, high=len(TRAITS)), help="only the k largest weights")
     add("--max-new-tokens", type=number(int, 1), default=400)
-    add("--judge", metavar="URL", help="OpenAI-compatible (its key: OPENAI_API_KEY)")
-    add("--judge-model", metavar="NAME")
     add("--json", action="store_true")
     add("--device", default="auto")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
@@ -102,8 +92,7 @@ def main():
             raise UserError(f"{run} was made for the base {settings['base']}, {args.run[0]} for "
                             f"{first['base']}: their figures are not to be compared")
     args.device = pick_device(args.device, first["base"])
-    named = "tasks" if args.tasks else "probe" if args.probe else "comparison"
-    name = args.measure or named
+    name = args.measure or ("tasks" if args.tasks else "comparison")
     if name in OF_ALL_RUNS:
         measure, meaning = OF_ALL_RUNS[name]
         tables = measure(args)

@@ -1,10 +1,8 @@
-"""Queries from public data sets, or from files: each distinct one as likely as any other."""
+"""Queries from public data sets, or from files."""
 
 import csv
-import hashlib
-import heapq
-import itertools
 import json
+import random
 from typing import NamedTuple
 
 from plumbing.files import UserError
@@ -25,49 +23,54 @@ SOURCES = {
 }
 
 
-def sample_queries(sources, n, seed, field=None, max_rows=None):
+def sample_queries(sources, n, seed, field=None):
     """n records {"query": ..., "source": ...}, in equal parts from `sources`, shuffled together.
 
-    A source is a name of SOURCES, NAME=FILE, or a FILE with its `field`. Taken are the queries with
-    the least hashes: each distinct one is as likely as any other wherever it stands, and no more
-    than are wanted are held at a time.
+    A source is a name of SOURCES, or a file with its `field`.
     """
-    known = set()               # over all sources: a query that two of them hold is taken once
-    chosen = []
+    records = {}            # by words, over all sources: a query of two of them is taken once
     for k, source in enumerate(sources):
-        # "sharegpt" has a name alone, "FILE" a path alone
-        name, _, path = (source, "", "") if source in SOURCES else source.rpartition("=")
-        if name not in SOURCES and (name or not field):
+        wanted = (n + k) // len(sources)        # these sum to n, even where n has a remainder
+        before = len(records)
+        if source in SOURCES:
+            rows = read_hub(SOURCES[source], seed)
+            row_field = SOURCES[source].field
+        elif field:
+            rows = list(read_file(source))
+            random.Random(seed).shuffle(rows)
+            row_field = field
+        else:
             raise UserError(f"--source {source}: none of {', '.join(SOURCES)}, "
                             "and a file of your own needs --field")
-        rows = itertools.islice(read_rows(name, path, seed), max_rows)
-        row_field = SOURCES[name].field if name else field
-        wanted = (n + k) // len(sources)        # these sum to n, even where n has a remainder
-        best = heapq.nsmallest(wanted, hashed_queries(rows, row_field, seed, known))
-        shortage = f", which is all; {wanted} were wanted" if len(best) < wanted else ""
-        print(f"{source}: {len(best)} queries{shortage}")
-        chosen += [(key, {"query": query, "source": name or path}) for key, query in best]
-    chosen.sort(key=lambda pair: pair[0])
-    return [record for _, record in chosen]
+        for row in rows:
+            if len(records) - before == wanted:
+                break
+            query = usable_query(row, row_field)
+            if query:
+                # capitals and spaces apart, each query comes once
+                words = " ".join(query.lower().split())
+                records.setdefault(words, {"query": query, "source": source})
+        found = len(records) - before
+        shortage = f", which is all; {wanted} were wanted" if found < wanted else ""
+        print(f"{source}: {found} queries{shortage}")
+    shuffled = list(records.values())
+    random.Random(seed).shuffle(shuffled)
+    return shuffled
 
 
-def read_rows(name, path, seed):
-    """Yield the rows, as dicts, of a file, or where there is no path of one of SOURCES."""
-    if path:
-        yield from read_file(path)
-        return
-    source = SOURCES[name]
+def read_hub(source, seed):
+    """Yield the rows of a Source, as dicts, shuffled as far as can be done under way."""
     try:
         from datasets import load_dataset       # optional: only whoever asks the hub needs it
-        # streamed: the first rows come at once, and --rows spares the download of the rest
+        # streamed: the first rows come at once, and the rest is not downloaded
         rows = load_dataset(source.hub, split="train", streaming=True, **source.part)
-        yield from rows.shuffle(seed=seed, buffer_size=1000)
+        yield from rows.shuffle(seed=seed, buffer_size=10_000)
     except ImportError:
-        raise UserError(f"{name} needs another library: pip install datasets")
+        raise UserError(f"{source.hub} needs another library: pip install datasets")
     except Exception as error:      # the hub, the network and Arrow have dozens of their own
         message = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"cannot read {source.hub}: {message}; if it is gated, ask for access "
-                        f"there, then `hf auth login`; or give a copy: --source {name}=FILE")
+                        "there, then `hf auth login`")
 
 
 def read_file(path):
@@ -86,39 +89,27 @@ def read_file(path):
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
 
-def hashed_queries(rows, field, seed, known):
-    """Yield (hash of seed and query, query) for each row with a usable query.
-
-    Usable are 3 to 1,000 words, in English where the row tells the language, that are not in
-    `known`, a set of hashes, already: capitals and spaces apart, each query comes once.
-    """
-    for row in rows:
-        query = first_query(row, field)
-        language = row.get("language") or row.get("langdetect") or "en"
-        if query is None or str(language).lower() not in ("en", "english"):
-            continue
-        words = query.lower().split()
-        key = hashlib.sha256(f"{seed} {' '.join(words)}".encode(errors="replace")).digest()
-        if 3 <= len(words) <= 1000 and key not in known:
-            known.add(key)
-            yield key, query.strip()
-
-
-def first_query(row, field):
-    """What the user says first in a row, or None where that is no text of theirs.
+def usable_query(row, field):
+    """What the user says first in a row, or None where that is no text of theirs, has fewer than 3
+    words or more than 1,000, or is not in English, if the row tells the language.
 
     A row holds a text, or the turns of a conversation: {"from": ..., "value": ...} or
     {"role": ..., "content": ...}.
     """
     if not isinstance(row, dict) or field not in row:
-        has = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"a row without {field!r}; it has {has}: give another --field")
+        raise UserError(f"a row without {field!r}, so give another --field: {str(row)[:200]}")
     value = row[field]
     if isinstance(value, list):
         turns = [turn for turn in value if isinstance(turn, dict)]
-        spoken = [turn for turn in turns if turn.get("from", turn.get("role")) != "system"]
-        first = spoken[0] if spoken else {}
-        # a conversation that the assistant opens goes on from a page that is not here
-        asked = first.get("from", first.get("role")) in ("human", "user")
-        value = first.get("value", first.get("content")) if asked else None
-    return value if isinstance(value, str) else None
+        value = None
+        for turn in turns:
+            speaker = turn.get("from", turn.get("role"))
+            if speaker in ("human", "user"):
+                value = turn.get("value", turn.get("content"))
+            # a conversation that the assistant opens goes on from a page that is not here
+            if speaker != "system":
+                break
+    language = row.get("language") or row.get("langdetect") or "en"
+    if not isinstance(value, str) or str(language).lower() not in ("en", "english"):
+        return None
+    return value.strip() if 3 <= len(value.split()) <= 1000 else None

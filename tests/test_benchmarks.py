@@ -1,15 +1,12 @@
-"""Benchmarks by their authors' rules and against EleutherAI's harness, and a judge on localhost."""
+"""Benchmarks by their authors' rules and against EleutherAI's harness."""
 
 import json
 import sys
-import threading
-from argparse import Namespace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from conftest import fails_in_one_line, program
 
-from experiments import benchmarks, evaluate, judges
+from experiments import benchmarks, evaluate
 from experiments.benchmarks import TASKS, Question, read_questions
 
 
@@ -192,7 +189,6 @@ def test_benchmark_errors_say_what_to_do(run, tmp_path):
         return program("experiments.evaluate", "--run", run, "--tasks", tasks, *more)
 
     assert fails_in_one_line(fails("emobanch"), "unknown task", "emobench")
-    assert fails_in_one_line(fails("pairwise"), "--judge")
     assert fails_in_one_line(fails("gsm8k"), "--data", "github.com/openai/grade-school-math")
     (tmp_path / "emobench").mkdir()
     for name in ("EA.jsonl", "EU.jsonl"):
@@ -201,74 +197,3 @@ def test_benchmark_errors_say_what_to_do(run, tmp_path):
     assert fails_in_one_line(fails("emobench", "--data", tmp_path), "choices", "emobench")
     (tmp_path / "emobench" / "EA.jsonl").write_text('{"lang')
     assert fails_in_one_line(fails("emobench", "--data", tmp_path), "cannot read", "EA.jsonl")
-
-
-# --------------------------------------------------------------------------------------- the judge
-
-@pytest.fixture
-def judge():
-    """A server that answers as an OpenAI-compatible one; `server.verdict(prompt, how often it was
-    asked)` says what.
-    """
-    asked = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            prompt = body["messages"][0]["content"]
-            asked[prompt] = asked.get(prompt, 0) + 1
-            text = server.verdict(prompt, asked[prompt])
-            choice = {"message": {"content": text}, "finish_reason": "stop"}
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"choices": [choice]}).encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.url, server.asked = f"http://127.0.0.1:{server.server_port}", asked
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_pairs_are_judged_in_both_orders(judge):
-    args = Namespace(judge=judge.url, judge_model="judge", seed=0)
-
-    def compared(*texts):
-        wins, unusable = judges.compare_pairs(args, *texts)
-        return wins.tolist(), unusable
-
-    # whoever stands first: no preference at all
-    judge.verdict = lambda prompt, n: "First is better. [[A]]"
-    assert compared(["q1", "q2"], ["ours", "ours"], ["theirs", "theirs"]) == ([0.5, 0.5], 0)
-
-    # what the answers say, and not where they stand
-    judge.verdict = lambda prompt, n: (
-        "[[A]]" if prompt.index("good") < prompt.index("bad") else "[[B]]")
-    assert compared(["q3"], ["good"], ["bad"]) == ([1], 0)
-    assert compared(["q4"], ["bad"], ["good"]) == ([0], 0)
-
-    # asked again until it can be read
-    judge.verdict = lambda prompt, n: {1: "no idea", 2: "[[A]] or [[B]]?", 3: "[[tie]]"}[n]
-    assert compared(["q5"], ["x"], ["y"]) == ([0.5], 0)
-    judge.verdict = lambda prompt, n: "nonsense"
-    assert compared(["q6"], ["x"], ["y"]) == ([], 2)
-    assert max(judge.asked.values()) == 3
-
-
-def test_a_judge_who_is_not_there_is_said(run):
-    result = program("experiments.evaluate", "--run", run, "--tasks", "pairwise", "--limit", 1,
-                     "--max-new-tokens", 2, "--judge", "127.0.0.1:9", "--judge-model", "judge")
-    assert fails_in_one_line(result, "the judge at 127.0.0.1:9")
-
-
-def test_pairwise_on_the_held_out_queries(run, judge, monkeypatch, capsys):
-    judge.verdict = lambda prompt, n: "[[tie]]"
-    table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", "pairwise", "--limit", 2,
-                      "--max-new-tokens", 3, "--judge", judge.url, "--judge-model", "judge")
-    assert table["pairwise, wins over bare base"] == {
-        "name": "pairwise, wins over bare base", "n": 2, "chance": 50,
-        run.name: [50, 50, 50], f"{run.name}: unusable": 0}

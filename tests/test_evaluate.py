@@ -1,4 +1,4 @@
-"""The comparison by hand, and the probe."""
+"""The comparison by hand."""
 
 import json
 import sys
@@ -12,7 +12,6 @@ from conftest import fails_in_one_line, make_model, program, train_arguments
 from data import load_records, split
 from experiments import evaluate
 from experiments.common import SHORT, break_ties
-from experiments.probe import classify
 from experiments.statistics import bootstrap, shown_difference
 from personafuse import load_run
 from plumbing.models import model_sha256
@@ -136,34 +135,3 @@ def test_equal_weights_stand_in_random_order():
     scores = break_ties(w)
     assert (scores[:, 1] == 0).all() and (scores[:, 3] == 1).all()
     assert 0.45 < (scores[:, 0] > scores[:, 2]).mean() < 0.55
-
-
-# ---------------------------------------------------------------------------------------------------------- the probe
-
-def test_the_classifier_against_its_optimum():
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.tensor([[3.0, 0, 0], [0, 3, 0], [0, 0, 3]])
-    y = torch.arange(300) % 3
-    h = centres[y] + torch.randn(300, 3, generator=generator)
-    nearest = torch.cdist(h[200:], centres).argmin(dim=1)                       # what no classifier can much improve on
-    assert (classify(h[:200], y[:200], h[200:]) == nearest).float().mean() > 0.93
-
-
-def test_probe_reads_clinc150_and_csv(run, tmp_path, monkeypatch, capsys):
-    texts = {"greeting": ["hello there", "good morning"], "goodbye": ["see you soon", "bye bye now"]}
-    (tmp_path / "texts.csv").write_text("text,label\n" + "".join(
-        f'"{t}, friend {n}",{k}\n' for k, ts in texts.items() for t in ts for n in range(30)))
-    found = evaluated(monkeypatch, capsys, "--run", run, "--probe", tmp_path / "texts.csv")
-    (row,), (sizes,) = found["probe"], found["texts"]
-    assert sizes["classes"] == 2 and sizes["training"] + sizes["test"] == 120 and 0 < sizes["test"] < 30
-    assert row["name"] == run.name and row["untrained"][0] > 60
-    assert row["difference"][0] == pytest.approx(row["trained"][0] - row["untrained"][0], abs=1e-3)
-    pairs = [[t, k] for k, ts in texts.items() for t in ts]
-    (tmp_path / "data_full.json").write_text(json.dumps({"train": pairs, "test": pairs, "val": [], "oos_val": [],
-                                                         "oos_train": [["what", "oos"]], "oos_test": [["what", "oos"]]}))
-    (tmp_path / "domains.json").write_text(json.dumps({"small_talk": ["greeting", "goodbye"]}))
-    found = evaluated(monkeypatch, capsys, "--run", run, "--probe", tmp_path / "data_full.json")
-    (sizes,) = found["texts"]
-    assert sizes["classes"] == 2 and sizes["training"] == sizes["test"] == 5      # one domain, and out-of-scope
-    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
-    assert fails_in_one_line(program("experiments.evaluate", "--run", run, "--probe", tmp_path / "bad.csv"), "text and label")

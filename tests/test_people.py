@@ -1,9 +1,7 @@
-"""The page for raters, driven in a browser, and the tally of what they said, by hand."""
+"""Blind pairs: their files and their page, driven in a browser; the tally, by hand; a judge."""
 
-import argparse
 import http.server
 import json
-import random
 import re
 import shutil
 import subprocess
@@ -12,11 +10,16 @@ import time
 import urllib.error
 import urllib.request
 
-import numpy as np
 import pytest
+import torch
 from conftest import fails_in_one_line, program
 
+from data import by_hash
 from experiments import people
+from experiments.answers import write_answers
+from experiments.common import run_records
+from personafuse import load_run, read_settings
+from plumbing.files import file_sha256
 
 # what a model may write, and a page must not take for its own
 HOSTILE = [
@@ -24,245 +27,281 @@ HOSTILE = [
     "<img src=x onerror=\"document.title = 'run'\"> <!-- <b>bold</b> &amp; &lt;",
     "two\u2028lines\u2029of one",
     "\"double\" 'single' `back` \\ \\u003c ${1}",
-    "SHEET_DATA CONTENT_POLICY \U0001f642 שלום",
+    "SHEET \U0001f642 שלום",
     "   \n",
 ]
 
 
-def make_sheet(folder, n=4, seed=0, answers=None):
-    """A sheet of n pairs -> (page, key file). Without `answers`: "good k" against "bad k"."""
+def make_sheet(folder, n=4, answers=None):
+    """The files of n pairs -> their name. Without `answers`: "good k" of Alpha, "bad k" of Beta."""
     # a sheet of its own for every test: one browser keeps them all
     queries = [f"query {k} of {folder.name}" for k in range(n)]
     if answers is None:
         answers = [[f"good {k}" for k in range(n)], [f"bad {k}" for k in range(n)]]
-    pairs = people.make_pairs(queries, answers, random.Random(seed))
-    visible = people.blind(pairs)
-    page = folder / "sheet.html"
-    page.write_text(people.render_page("sheet", visible), encoding="utf-8")
-    key = {"sheet": people.sheet_id(visible), "contestants": ["Alpha", "Beta"], "pairs": pairs}
-    key_file = folder / "sheet.key.json"
-    key_file.write_text(json.dumps(key))
-    return page, key_file
+    pairs, who_is_a = people.make_pairs(queries, *answers)
+    name = folder / "sheet"
+    name.with_suffix(".html").write_text(people.render_page("sheet", pairs), encoding="utf-8")
+    name.with_suffix(".jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    contestants = [{"run": "Alpha", "route": "learned"}, {"run": "Beta", "route": "learned"}]
+    key = {"contestants": contestants, "a": who_is_a}
+    name.with_suffix(".key.json").write_text(json.dumps(key))
+    return name
 
 
-def write_ratings(key_file, rater, wanted, why=""):
-    """A rater's file, as the page would write it: `wanted` holds "a", "b" or "=" for each pair."""
-    key = json.loads(key_file.read_text())
-    ratings = []
-    for letter, pair in zip(wanted, key["pairs"]):
-        choice = 0
-        if letter != "=":
-            shown_second = (letter == "b") != pair["swapped"]
-            choice = 2 if shown_second else 1
-        ratings.append({"choice": choice, "why": why})
-    path = key_file.parent / f"sheet-{rater}.json"
-    content = {"sheet": key["sheet"], "name": "sheet", "rater": rater, "ratings": ratings}
-    path.write_text(json.dumps(content))
+def pairs_of(name):
+    text = name.with_suffix(".jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def write_ratings(name, rater, wanted):
+    """A rater's file: `wanted` holds for each pair "g" for the good answer, "b" for the other, or
+    "=". The sides are read off the answers, and not off the key.
+    """
+    choices = {}
+    for letter, pair in zip(wanted, pairs_of(name), strict=True):
+        good, bad = ("a", "b") if pair["a"].startswith("good") else ("b", "a")
+        choices[pair["id"]] = {"g": good, "b": bad, "=": "tie"}[letter]
+    path = name.parent / f"sheet-{rater}.json"
+    path.write_text(json.dumps(choices))
     return path
 
 
-def tally(*arguments):
-    return program("experiments.people", "tally", *arguments)
+def tally(name, *ratings):
+    return program("experiments.people", "tally", name, *ratings)
 
 
 def row_of(text, rater):
-    """The cells of a rater's row: win rate, low, high, won, tied, lost and the rest."""
+    """The cells of a rater's row: win rate, low, high, ties."""
     line, = [line for line in text.splitlines() if line.startswith(rater + " ")]
-    return line.replace("[", "").replace("]", "").replace(",", "").split()[1:]
+    return [float(x) for x in line.replace("[", "").replace("]", "").replace(",", "").split()[1:]]
 
 
 # --------------------------------------------------------------------------------------- the sheet
 
-def test_pairs_are_shuffled_by_seed_and_each_side_comes_first_in_half():
+def test_sides_are_drawn_anew_and_each_comes_first_in_half():
     queries = [str(k) for k in range(20)]
-    answers = [["a"] * 20, ["b"] * 20]
-    sides = {}
-    for seed in (0, 0, 1):
-        pairs = people.make_pairs(queries, answers, random.Random(seed))
-        swapped = [pair["swapped"] for pair in pairs]
-        assert sum(swapped) == 10
-        assert sides.setdefault(seed, swapped) == swapped
-        for pair, shown in zip(pairs, people.blind(pairs)):
-            assert shown["answers"] == (["b", "a"] if pair["swapped"] else ["a", "b"])
-    assert sides[0] != sides[1]
+    seen = set()
+    for _ in range(5):
+        pairs, who_is_a = people.make_pairs(queries, ["first"] * 20, ["second"] * 20)
+        assert [pair["query"] for pair in pairs] == queries
+        assert sorted(who_is_a.values()) == [0] * 10 + [1] * 10
+        for pair in pairs:
+            writers = ["first", "second"]
+            assert pair["a"] == writers[who_is_a[pair["id"]]]
+            assert {pair["a"], pair["b"]} == set(writers)
+        seen.add(tuple(who_is_a.values()))
+    assert len(seen) > 1
 
 
-def test_equal_answers_are_not_asked_about():
-    pairs = people.make_pairs(["q", "r"], [["same", "one"], ["same", "other"]], random.Random(0))
-    assert [pair["query"] for pair in pairs] == ["r"]
-
-
-def test_the_page_depends_on_what_a_rater_sees_and_on_nothing_else():
+def test_the_page_holds_what_a_rater_may_see_and_nothing_else():
     """Who is who could only show in the page if changing places behind the sides changed it."""
-    queries = ["q", "r"]
-    pairs = people.make_pairs(queries, [["1", "2"], ["3", "4"]], random.Random(0))
-    other = []
+    pairs, who_is_a = people.make_pairs(["q", "r"], ["1", "2"], ["3", "4"])
     for pair in pairs:
-        other.append({**pair, "answers": pair["answers"][::-1], "swapped": not pair["swapped"]})
-    page = people.render_page("sheet", people.blind(pairs))
-    assert page == people.render_page("sheet", people.blind(other))
+        assert pair.keys() == {"id", "query", "a", "b"}
+    while True:
+        # drawn until each side has the other's answer
+        others, who = people.make_pairs(["q", "r"], ["3", "4"], ["1", "2"])
+        if list(who.values()) == [1 - side for side in who_is_a.values()]:
+            break
+    assert others == pairs
+    assert people.render_page("sheet", pairs) == people.render_page("sheet", others)
 
 
-def test_a_sheet_from_a_run(run, tmp_path):
-    queries = tmp_path / "queries.txt"
-    days = [f"What about the {k}th day?\n\n" for k in range(9)]
-    queries.write_text("".join(days) + "again\nagain\n")
-    out = tmp_path / "page.html"
-    arguments = ["experiments.people", "sheet", "--run", run, "--queries", queries, "--n", 5,
-                 "--seed", 3, "--max-new-tokens", 40]
-    result = program(*arguments, "--route", "none", "--out", out)
+SHEET = ["--n", 5, "--max-new-tokens", 12, "--temperature", 0.5, "--seed", 3]
+
+
+def test_a_run_against_its_opposite_poles(run, tmp_path):
+    name = tmp_path / "pairs" / "opposite"
+    result = program("experiments.people", "sheet", name, "--run", run, "--route", "opposite",
+                     *SHEET)
     assert result.returncode == 0, result.stderr
-    key = json.loads((tmp_path / "page.key.json").read_text())
-    assert key["contestants"] == [str(run), f"{run} --route none"]
-    assert len(key["pairs"]) + key["equal"] == 5
-    asked = [pair["query"] for pair in key["pairs"]]
-    assert len(set(asked)) == len(asked)
-    assert set(asked) <= {line.strip() for line in queries.read_text().splitlines()}
-    page = out.read_text()
-    for secret in (str(run), run.name, "swapped", "learned", "contestants"):
-        assert secret not in page
+    pairs = pairs_of(name)
+    key = json.loads(name.with_suffix(".key.json").read_text())
 
-    # the same seed draws the same again, and an earlier key is never lost
-    again = tmp_path / "again.html"
-    assert program(*arguments, "--route", "none", "--out", again).returncode == 0
-    assert json.loads((tmp_path / "again.key.json").read_text()) == key
-    assert fails_in_one_line(program(*arguments, "--route", "none", "--out", out), "page.key.json")
-    assert out.read_text() == page
+    # the first five held-out queries, in the order that --limit takes
+    model, settings = load_run(run, torch.device("cpu"), torch.float32)
+    _, held = run_records(settings)
+    queries = [record["query"] for record in sorted(held, key=by_hash)[:5]]
+    assert [pair["query"] for pair in pairs] == queries
+    # the poles of a trait stand side by side: high, low, high, low, ...
+    w = model.mixing_weights(queries)
+    opposite = w.reshape(5, 5, 2).flip(2).reshape(5, 10)
+    drawn = {"temperature": 0.5, "top_p": settings["top_p"], "seed": 3,
+             "repetition_penalty": settings["repetition_penalty"]}
+    wanted = [write_answers(model, queries, mix, 12, **drawn) for mix in (w, opposite)]
+    assert wanted[0] != wanted[1]
+    for k, pair in enumerate(pairs):
+        side = key["a"][pair["id"]]
+        assert pair["a"] == wanted[side][k]
+        assert pair["b"] == wanted[1 - side][k]
 
-    new = ["--out", tmp_path / "new.html"]
-    assert fails_in_one_line(program(*arguments, *new), "--run twice")
-    assert fails_in_one_line(program(*arguments, *new, "--run", run), "the same answer")
-    too_many = program(*arguments, *new, "--route", "none", "--n", 11)
-    assert fails_in_one_line(too_many, "--n 11", "10 different queries")
-    nowhere = ["--route", "none", "--out", tmp_path / "nowhere" / "new.html"]
-    assert fails_in_one_line(program(*arguments, *nowhere), "there is no folder")
-    assert not (tmp_path / "new.html").exists()
+    learned, swapped = key["contestants"]
+    assert (learned["route"], swapped["route"]) == ("learned", "opposite")
+    assert learned["run"] == swapped["run"] == run.name
+    assert learned["settings"]["rank"] == settings["rank"]
+    router = learned["weights"]["router.safetensors"]
+    assert router == file_sha256(run / "router.safetensors")
+    assert len([path for path in learned["weights"] if "adapter_model" in path]) == 10
+    for secret in ("learned", "weights", run.name, router):
+        assert secret not in name.with_suffix(".html").read_text()
+        assert secret not in name.with_suffix(".jsonl").read_text()
 
 
-def test_without_a_file_the_queries_are_held_out(run):
-    from data import held_out
-    args = argparse.Namespace(queries=None, run=[run], n=3)
-    queries = people.draw_queries(args, random.Random(0))
-    assert len(queries) == 3
-    assert all(held_out(query) for query in queries)
+def test_the_bare_base_against_a_run(run, tmp_path):
+    name = tmp_path / "bare"
+    arguments = ["experiments.people", "sheet", name, "--run", run, "--route", "none", *SHEET]
+    result = program(*arguments)
+    assert result.returncode == 0, result.stderr
+    key = json.loads(name.with_suffix(".key.json").read_text())
+    assert [one["route"] for one in key["contestants"]] == ["learned", "none"]
+    page = name.with_suffix(".html").read_text()
+    # a key is never lost, and with it what the ratings of its pairs say
+    assert fails_in_one_line(program(*arguments), "bare.key.json is there already")
+    assert name.with_suffix(".html").read_text() == page
+
+
+def test_answers_that_were_written_already(run, tmp_path):
+    """Two rows are taken as they are, by their records; the opposite poles are in none of them."""
+    _, held = run_records(read_settings(run))
+    rows = {
+        "the records' responses": [record["response"] for record in held],
+        "bare base": [f"bare {record['query']}" for record in held],
+        run.name: [f"mixed {record['query']}" for record in held],
+    }
+    saved = tmp_path / "expression.json"
+    saved.write_text(json.dumps({"answers": rows}))
+    sheet = ["experiments.people", "sheet", "--run", run, "--answers", saved, *SHEET]
+    result = program(*sheet, tmp_path / "bare", "--route", "none")
+    assert result.stdout.startswith(f"{run.name}: from {saved}\nbare base: from {saved}\n")
+    key = json.loads((tmp_path / "bare.key.json").read_text())
+    for pair in pairs_of(tmp_path / "bare"):
+        texts = [f"mixed {pair['query']}", f"bare {pair['query']}"]
+        side = key["a"][pair["id"]]
+        assert [pair["a"], pair["b"]] == [texts[side], texts[1 - side]]
+
+    result = program(*sheet, tmp_path / "opposite", "--route", "opposite")
+    assert f"{run.name}, opposite: written anew" in result.stdout
+    for pair in pairs_of(tmp_path / "opposite"):
+        saved_side, = [side for side in "ab" if pair[side] == f"mixed {pair['query']}"]
+        assert "mixed" not in pair["ba"["ab".index(saved_side)]]
+    missing = program(*sheet[:4], "--answers", tmp_path / "none", "--route", "none", tmp_path / "x")
+    assert fails_in_one_line(missing, "there is no", "none")
+
+
+def test_two_are_compared(run, tmp_path):
+    sheet = ["experiments.people", "sheet", tmp_path / "new", "--run", run]
+    assert fails_in_one_line(program(*sheet), "--run twice")
+    three = program(*sheet, "--run", run, "--route", "none")
+    assert fails_in_one_line(three, "--run twice")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------- the tally
 
-def test_fleiss_kappa_of_the_textbook_example():
-    """Ten subjects, fourteen raters, five classes: the example of the statistics textbooks.
-
-    By hand: the squares of the first row add up to 14² = 196, (196 - 14) / (14 · 13) = 1; of the
-    second to 4 + 36 + 16 + 4 = 60, (60 - 14) / 182 = 0.253, ...; their mean is 0.378. The classes
-    hold 20, 28, 39, 21 and 32 of 140, whose squared shares add up to 0.213.
-    (0.378 - 0.213) / (1 - 0.213) = 0.210.
-    """
-    votes = np.array([[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0],
-                      [2, 2, 8, 1, 1], [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2],
-                      [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]])
-    assert votes.sum(axis=0).tolist() == [20, 28, 39, 21, 32]
-    assert people.fleiss_kappa(votes) == pytest.approx(0.210, abs=5e-4)
-
-
-def test_fleiss_kappa_at_its_ends():
-    # full agreement, and two raters who always differ: P = 0, chance 1/2, so -1
-    assert people.fleiss_kappa(np.array([[3, 0, 0], [0, 3, 0]])) == 1
-    assert people.fleiss_kappa(np.array([[1, 1, 0], [1, 1, 0]])) == -1
-    assert np.isnan(people.fleiss_kappa(np.array([[3, 0, 0], [3, 0, 0]])))
-
-
-def test_majority_by_hand():
-    votes = np.array([[2, 1, 0], [1, 2, 0], [1, 0, 2], [1, 1, 1], [2, 2, 1], [0, 0, 3]])
-    first, second, tie = people.FIRST, people.SECOND, people.TIE
-    assert people.majority(votes).tolist() == [first, second, tie, tie, tie, tie]
-
-
 def test_tally_by_hand(tmp_path):
-    _, key_file = make_sheet(tmp_path, n=8)
-    files = [write_ratings(key_file, "Ada", "aaaaaa=b", why="warmer,\nand shorter"),
-             write_ratings(key_file, "Bo", "aaaabb=="),
-             write_ratings(key_file, "Cy", "aabbbb==")]
-    result = tally(*files)
+    name = make_sheet(tmp_path, n=8)
+    ratings = [write_ratings(name, "Ada", "gggggg=b"), write_ratings(name, "Bo", "ggggbb=="),
+               write_ratings(name, "Cy", "ggbbbb==")]
+    result = tally(name, *ratings)
     assert result.returncode == 0, result.stderr
-    assert "Alpha against Beta: 8 pairs" in result.stdout
+    assert "Alpha, learned against Beta, learned, 8 pairs" in result.stdout
     # six won and half of one tie of eight: 0.8125; four and half of two: 0.625; two and one: 0.375
-    for rater, rate, counts in [("Ada", 0.8125, "6 1 1"), ("Bo", 0.625, "4 2 2"),
-                                ("Cy", 0.375, "2 2 4"), ("majority", 0.625, "4 2 2")]:
-        cells = row_of(result.stdout, rater)
-        assert float(cells[0]) == pytest.approx(rate, abs=0.006)
-        assert " ".join(cells[3:6]) == counts
-        assert float(cells[1]) < rate < float(cells[2])
-    # agreement of pairs of raters: 1, 1, 1/3, 1/3, 1/3, 1/3, 1, 1/3 -> 14/24; the votes are 12, 7
-    # and 5 of 24, chance 218/576; (0.5833 - 0.3785) / 0.6215 = 0.33
-    assert "Fleiss' kappa of 3 raters: 0.33 [" in result.stdout
-    assert result.stdout.count("Ada, for Alpha: warmer, and shorter ('query") == 6
-    assert result.stdout.count("Ada, for neither: warmer") == 1
-    assert result.stdout.count("Ada, for Beta: warmer") == 1
-    assert "Bo, for" not in result.stdout
+    for rater, rate, ties in [("Ada", 0.8125, 1), ("Bo", 0.625, 2), ("Cy", 0.375, 2)]:
+        found, low, high, tied = row_of(result.stdout, f"sheet-{rater}")
+        assert found == pytest.approx(rate, abs=0.001)
+        assert low < rate < high and tied == ties
+    assert row_of(result.stdout, "mean")[0] == pytest.approx((0.8125 + 0.625 + 0.375) / 3, abs=1e-3)
+    # of the pairs of raters 3, 3, 1, 1, 1, 1, 3 and 1 of 3 agree: 14 of 24
+    assert "two raters choose the same: 0.58 [" in result.stdout
 
 
-def test_tally_says_how_often_the_first_answer_was_chosen(tmp_path):
-    _, key_file = make_sheet(tmp_path, n=8)
-    path = write_ratings(key_file, "Ada", "=" * 8)
-    content = json.loads(path.read_text())
-    for rating in content["ratings"][:5]:
-        rating["choice"] = 1
-    content["ratings"][5]["choice"] = 2
-    path.write_text(json.dumps(content))
-    assert row_of(tally(path).stdout, "Ada")[6:] == ["5", "of", "6"]
-
-
-def test_one_rater_has_neither_majority_nor_agreement(tmp_path):
-    _, key_file = make_sheet(tmp_path)
-    result = tally(write_ratings(key_file, "Ada", "aab="))
-    assert result.returncode == 0
-    assert "majority" not in result.stdout
-    assert "kappa" not in result.stdout
-
-
-def test_raters_who_all_say_the_same(tmp_path):
-    _, key_file = make_sheet(tmp_path)
-    result = tally(*[write_ratings(key_file, rater, "aaaa") for rater in ("Ada", "Bo")])
-    assert result.returncode == 0, result.stderr
-    assert row_of(result.stdout, "majority")[:6] == ["1.00", "1.00", "1.00", "4", "0", "0"]
-    assert "kappa of 2 raters: undefined" in result.stdout
+def test_one_rater_has_neither_mean_nor_agreement(tmp_path):
+    name = make_sheet(tmp_path)
+    result = tally(name, write_ratings(name, "Ada", "gggg"))
+    assert row_of(result.stdout, "sheet-Ada") == [1, 1, 1, 0]
+    assert "mean" not in result.stdout and "raters" not in result.stdout
 
 
 def test_the_key_stays_shut_until_all_pairs_are_rated(tmp_path):
-    _, key_file = make_sheet(tmp_path)
-    whole = write_ratings(key_file, "Ada", "aaaa")
-    part = write_ratings(key_file, "Bo", "aaaa")
-    content = json.loads(part.read_text())
-    for ratings in (content["ratings"][:3], content["ratings"][:3] + [{"choice": None, "why": ""}],
-                    content["ratings"][:3] + [{"choice": 3, "why": ""}]):
-        part.write_text(json.dumps({**content, "ratings": ratings}))
-        result = tally(whole, part)
-        assert fails_in_one_line(result, "sheet-Bo.json rates 3 of 4")
-        assert result.stdout == ""
-        assert "Alpha" not in result.stderr and "Beta" not in result.stderr
+    name = make_sheet(tmp_path)
+    path = write_ratings(name, "Ada", "gggg")
+    whole = json.loads(path.read_text())
+    part = dict(list(whole.items())[:3])
+    for choices in (part, whole | {"another": "a"}, whole | dict.fromkeys(part, "c"), {}):
+        path.write_text(json.dumps(choices))
+        result = tally(name, path)
+        assert fails_in_one_line(result, "sheet-Ada.json does not rate the pairs of", "key.json")
+        assert result.stdout == "" and "Alpha" not in result.stderr
 
 
-def test_tally_names_what_is_wrong(tmp_path):
-    _, key_file = make_sheet(tmp_path)
-    ada = write_ratings(key_file, "Ada", "aaaa")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    _, other_key = make_sheet(elsewhere, n=3)
-    assert fails_in_one_line(tally(ada, "--key", other_key), "sheet-Ada.json", "another sheet")
-    assert fails_in_one_line(tally(ada, "--key", ada), "not the key")
-    assert fails_in_one_line(tally(ada, key_file), "sheet.key.json holds no ratings")
-    assert fails_in_one_line(tally(tmp_path / "none.json"), "there is no file", "none.json")
-    twin = ada.with_name("twin.json")
-    twin.write_text(ada.read_text())
-    assert fails_in_one_line(tally(ada, twin), "sheet-Ada.json", "twin.json", "both by Ada")
-    content = json.loads(ada.read_text())
-    for broken in ({**content, "ratings": []}, {**content, "ratings": 3}, {"rater": "Ada"}):
-        twin.write_text(json.dumps(broken))
-        assert fails_in_one_line(tally(twin), "twin.json holds no ratings")
-    twin.write_text("[1]")
-    assert fails_in_one_line(tally(twin), "twin.json", "no JSON object")
-    key_file.unlink()
-    assert fails_in_one_line(tally(ada), "there is no key", "sheet.key.json", "--key")
+def test_ratings_never_meet_another_sheet(tmp_path):
+    name = make_sheet(tmp_path)
+    # of the same queries and answers, the sides drawn again
+    path = write_ratings(name, "Ada", "gggg")
+    sides = json.loads(name.with_suffix(".key.json").read_text())["a"]
+    while json.loads(make_sheet(tmp_path).with_suffix(".key.json").read_text())["a"] == sides:
+        pass
+    assert fails_in_one_line(tally(name, path), "does not rate the pairs")
+    assert fails_in_one_line(tally(name, tmp_path / "none.json"), "there is no", "none.json")
+    assert fails_in_one_line(tally(tmp_path / "gone", path), "there is no", "gone.key.json")
+
+
+# --------------------------------------------------------------------------------------- the judge
+
+@pytest.fixture
+def judge():
+    """A server that answers as an OpenAI-compatible one; server.verdict(prompt) says what."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = server.verdict(body["messages"][0]["content"])
+            choice = {"message": {"content": text}, "finish_reason": "stop"}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [choice]}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def judged(name, url):
+    return program("experiments.people", "judge", name, "--server", url, "--model", "m")
+
+
+def test_a_judge_is_one_more_rater(tmp_path, judge):
+    name = make_sheet(tmp_path, n=8)
+
+    def verdict(prompt):
+        if "query 0" in prompt:
+            return "both [[a]] and [[b]]"
+        if "query 1" in prompt:
+            return "I cannot say"
+        # what the answers say, and not where they stand
+        return "Good. [[a]]" if prompt.index("good") < prompt.index("bad") else "Better. [[b]]"
+
+    judge.verdict = verdict
+    result = judged(name, judge.url)
+    assert result.returncode == 0, result.stderr
+    table = tally(name, tmp_path / "sheet-judge.json").stdout
+    rate, _, _, ties = row_of(table, "sheet-judge")
+    assert (rate, ties) == (pytest.approx(7 / 8), 2)
+
+    # whoever always takes the first prefers nobody
+    judge.verdict = lambda prompt: "[[a]]"
+    judged(name, judge.url)
+    assert row_of(tally(name, tmp_path / "sheet-judge.json").stdout, "sheet-judge")[0] == 0.5
+
+
+def test_a_judge_who_is_not_there_is_said(tmp_path):
+    name = make_sheet(tmp_path)
+    assert fails_in_one_line(judged(name, "127.0.0.1:9"), "the judge gives no answer")
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -270,8 +309,7 @@ def test_tally_names_what_is_wrong(tmp_path):
 class Browser:
     """Headless Chromium, told what to do over the WebDriver protocol: real keys, a real page."""
 
-    KEYS = {"Enter": "\ue007", "Left": "\ue012", "Right": "\ue014", "Backspace": "\ue003",
-            "Escape": "\ue00c", "Tab": "\ue004"}
+    KEYS = {"Right": "\ue014", "Tab": "\ue004"}
 
     def __init__(self, chromium, driver, downloads):
         self.downloads = downloads
@@ -327,9 +365,6 @@ class Browser:
         identifier, = self.find(selector).values()
         self.post(f"/element/{identifier}/click")
 
-    def answer_dialog(self):
-        self.post("/alert/accept")
-
     def close(self):
         end = urllib.request.Request(self.url, method="DELETE")
         urllib.request.urlopen(end, timeout=60).close()
@@ -350,21 +385,22 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, tmp_path):
-    """A sheet of four pairs, open in the browser for the first time."""
-    path, _ = make_sheet(tmp_path)
-    browser.open(path)
-    return path
+def sheet(browser, tmp_path):
+    """A sheet of four pairs, open in the browser for the first time -> its name."""
+    name = make_sheet(tmp_path)
+    browser.open(name.with_suffix(".html"))
+    return name
 
 
-def begin(browser, name="Ada"):
-    browser.click("#rater")
-    browser.press(name, "Enter")
+def choose(browser, pair, choice):
+    selector = f"input[name='{pair['id']}'][value='{choice}']"
 
+    def click():
+        browser.click(selector)
+        return browser.run(f"return [...document.querySelectorAll(\"{selector}:checked\")]")
 
-def stored(browser):
-    """What the browser keeps for the page that is open."""
-    return json.loads(browser.run("return localStorage.getItem(storageKey)"))
+    # a browser that is busy may miss a click on a page that it has not painted yet
+    assert wait_for(browser, click, 1)
 
 
 def wait_for(browser, look, count):
@@ -378,128 +414,73 @@ def wait_for(browser, look, count):
     return found
 
 
-def test_a_sheet_by_keys_alone(browser, page):
-    assert browser.run("return document.activeElement.id") == "rater"
-    browser.press("Ada B.", "Enter")
-    assert browser.text("#count") == "Pair 1 of 4"
-    # without a choice there is no next pair
-    browser.press("Enter")
-    assert browser.text("#count") == "Pair 1 of 4"
-    browser.press("2", "1", "Enter", "Right", "Enter")
-    assert browser.text("#count") == "Pair 3 of 4"
-    # back, and another choice; keys in the field are text
-    browser.press("Backspace", "Left", "Enter", "0")
-    browser.press("w", "both 1 and 2", "Enter", "Right", "w", "kind", "Escape", "Left")
-    # Tab begins at the top of each pair, and a button reached by it is pressed by Enter
-    browser.press("Tab", "Tab", "Enter")
-    assert browser.run("return document.activeElement.dataset.choice") == "0"
-    assert stored(browser)["ratings"][3]["choice"] == 0
-    browser.press("1", "Enter")
-    assert browser.run("return document.getElementById('done').hidden") is False
-
+def test_a_sheet_is_rated_and_tallied(browser, sheet):
+    """Who takes "good" wherever it stands has chosen Alpha in each pair."""
+    disabled = "return document.getElementById('download').disabled"
+    for pair in pairs_of(sheet):
+        assert browser.run(disabled)
+        choose(browser, pair, "a" if pair["a"].startswith("good") else "b")
+    assert not browser.run(disabled)
+    browser.click("#rater")
+    browser.press("Ada B.")
     browser.click("#download")
     # the browser gives a download its name when it is whole
-    path, = wait_for(browser, lambda: list(browser.downloads.glob("sheet-*.json")), 1)
+    path, = wait_for(browser, lambda: list(browser.downloads.glob("sheet-Ada*.json")), 1)
     assert path.name == "sheet-Ada-B-.json"
-    content = json.loads(path.read_text())
-    assert content["rater"] == "Ada B."
-    assert content["ratings"] == [
-        {"choice": 1, "why": ""},
-        {"choice": 1, "why": ""},
-        {"choice": 0, "why": "both 1 and 2"},
-        {"choice": 1, "why": "kind"},
-    ]
-    # what the page wrote is what the tally reads: in every pair but one, the first answer
-    result = tally(path, "--key", page.with_name("sheet.key.json"))
+    result = tally(sheet, path)
     assert result.returncode == 0, result.stderr
-    assert row_of(result.stdout, "Ada B.")[-3:] == ["3", "of", "3"]
+    assert row_of(result.stdout, "sheet-Ada-B-") == [1, 1, 1, 0]
 
 
-def test_a_sheet_by_clicks_alone(browser, page):
-    assert browser.run("return document.getElementById('start').disabled")
-    browser.click("#rater")
-    browser.press("Bo")
-    browser.click("#start")
-    assert browser.run("return document.getElementById('next').disabled")
-    for choice in (2, 0, 1, 2):
-        browser.click(f"[data-choice='{choice}']")
-        pressed = browser.run("return [...document.querySelectorAll('[aria-pressed=true]')]"
-                              ".map((button) => button.dataset.choice)")
-        assert pressed == [str(choice)]
-        browser.click("#next")
-    browser.click("#review")
-    assert browser.text("#count") == "Pair 1 of 4"
-    state = stored(browser)
-    assert [rating["choice"] for rating in state["ratings"]] == [2, 0, 1, 2]
+def test_keys_choose_as_in_any_form(browser, sheet):
+    first, second, *_ = pairs_of(sheet)
+    # Tab goes from pair to pair, arrows go through the three choices
+    browser.press("Tab", " ", "Right", "Tab", " ", "Right", "Right")
+    assert json.loads(browser.run("return localStorage.getItem(storageKey)")) == {
+        first["id"]: "b", second["id"]: "tie"}
 
 
-def test_the_choice_on_the_page_is_the_answer_in_the_key(browser, page):
-    """Who takes "good" wherever it stands has chosen Alpha in each pair."""
-    begin(browser)
-    for _ in range(4):
-        first = browser.text("#answer1").startswith("good")
-        browser.press("1" if first else "2", "Enter")
-    state = stored(browser)
-    key = json.loads(page.with_name("sheet.key.json").read_text())
-    ratings = [(rating["choice"], rating["why"]) for rating in state["ratings"]]
-    assert people.outcomes(ratings, key["pairs"]).tolist() == [people.FIRST] * 4
+def test_whoever_comes_back_goes_on_where_they_were(browser, sheet, tmp_path):
+    first, *_, last = pairs_of(sheet)
+    choose(browser, first, "b")
+    choose(browser, last, "tie")
 
+    def come_back():
+        browser.open(sheet.with_suffix(".html"))
+        return browser.run("return [...document.querySelectorAll(':checked')]"
+                           ".map((button) => button.name + button.value)")
 
-def test_whoever_comes_back_goes_on_where_they_were(browser, page, tmp_path):
-    begin(browser)
-    browser.press("1", "Enter", "2", "w", "half a thou")
-    browser.open(page)
-    assert browser.text("#count") == "Pair 3 of 4"
-    browser.press("Backspace")
-    assert browser.run("return document.getElementById('why').value") == "half a thou"
-    assert browser.run("return document.querySelector('[aria-pressed=true]').dataset.choice") == "2"
+    # a browser that is busy has not stored it at once
+    assert wait_for(browser, come_back, 2) == [first["id"] + "b", last["id"] + "tie"]
+    assert browser.text("#left") == "2 pairs are left to rate."
     # another sheet of the same name knows nothing of it
-    folder = tmp_path / "other"
-    folder.mkdir()
-    other, _ = make_sheet(folder, n=3)
-    browser.open(other)
-    assert browser.run("return document.getElementById('welcome').hidden") is False
-
-
-def test_another_person_starts_afresh(browser, page):
-    begin(browser)
-    browser.press(*["1", "Enter"] * 4)
-    browser.click("#again")
-    browser.answer_dialog()
-    assert browser.run("return document.getElementById('rater').value") == ""
-    begin(browser, "Bo")
-    assert browser.text("#count") == "Pair 1 of 4"
-    state = stored(browser)
-    assert state["rater"] == "Bo"
-    assert {rating["choice"] for rating in state["ratings"]} == {None}
+    (tmp_path / "other").mkdir()
+    browser.open(make_sheet(tmp_path / "other", n=3).with_suffix(".html"))
+    assert browser.text("#left") == "3 pairs are left to rate."
 
 
 def test_answers_are_text_whatever_they_hold(browser, tmp_path):
     n = len(HOSTILE)
-    path, key_file = make_sheet(tmp_path, answers=[HOSTILE, HOSTILE[1:] + ["plain"]], n=n)
-    browser.open(path)
-    begin(browser)
-    for pair in people.blind(json.loads(key_file.read_text())["pairs"]):
-        for i, answer in enumerate(pair["answers"], 1):
-            wanted = answer if answer.strip() else "(no words)"
-            assert browser.text(f"#answer{i}") == wanted
-            assert browser.run(f"return document.getElementById('answer{i}').children.length") == 0
-        browser.press("1", "Enter")
+    name = make_sheet(tmp_path, answers=[HOSTILE, HOSTILE[1:] + ["plain"]], n=n)
+    browser.open(name.with_suffix(".html"))
+    for k, pair in enumerate(pairs_of(name)):
+        for side in "ab":
+            place = f"document.querySelectorAll('span.{side}')[{k}]"
+            assert browser.run(f"return {place}.textContent") == (pair[side].strip() or "(no words)")
+            assert browser.run(f"return {place}.children.length") == 0
     assert browser.run("return document.title") == "Which answer is better?"
-    assert browser.run("return document.getElementById('done').hidden") is False
 
 
 def test_without_storage_the_page_works_and_says_so(browser, tmp_path):
-    make_sheet(tmp_path)
+    pair, *_ = pairs_of(make_sheet(tmp_path))
     # a page in a sandboxed frame has no storage
     frame = tmp_path / "frame.html"
     frame.write_text("<iframe sandbox='allow-scripts' src='sheet.html' height=600></iframe>")
     browser.open(frame)
     browser.post("/frame", id=browser.find("iframe"))
     assert browser.run("return document.getElementById('unsaved').hidden") is False
-    begin(browser)
-    browser.press("1", "Enter")
-    assert browser.text("#count") == "Pair 2 of 4"
+    choose(browser, pair, "a")
+    assert browser.text("#left") == "3 pairs are left to rate."
     browser.post("/frame", id=None)
 
 
@@ -555,19 +536,18 @@ def listener():
     server.server_close()
 
 
-def test_nothing_can_be_sent(browser, page, listener):
+def test_nothing_can_be_sent(browser, sheet, listener):
     """Each way out is closed by the page's policy, and open in the same page without it."""
     port, asked = listener
     script = TRY_THEM_ALL.replace("PORT", str(port))
-    begin(browser)
     browser.run(script)
     blocked = wait_for(browser, lambda: browser.run("return violations"), len(WAYS_OUT))
     assert set(blocked) == WAYS_OUT
     assert asked == set()
 
-    html = page.read_text()
+    html = sheet.with_suffix(".html").read_text()
     start = html.index("<meta http-equiv")
-    bare = page.with_name("bare.html")
+    bare = sheet.with_name("bare.html")
     bare.write_text(html[:start] + html[html.index(">", start) + 1:])
     browser.open(bare)
     browser.run(script)

@@ -1,4 +1,4 @@
-"""The Persona-CoT parser, and experiments.generate: generate (server, own model, interrupted), queries, show, check."""
+"""The Persona-CoT parser, and experiments.generate: generate (server, interrupted), show, queries, check."""
 
 import json
 import resource
@@ -12,12 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-
+import torch
 from conftest import ROOT, make_model
 from data import TRAITS, load_records
 from plumbing.chat import ChatTokenizer
 from experiments import asking, persona_cot
 from experiments.generate import main, read_queries
+from personafuse import load_llama
 from plumbing.files import UserError
 
 PROGRAM = [sys.executable, "-m", "experiments.generate"]
@@ -221,7 +222,7 @@ def test_records_have_the_bundled_keys_and_pass_check(server, tmp_path, monkeypa
     assert records[0]["naive_response"] == "About Question 0?"
     run(monkeypatch, "check", tmp_path / "out.jsonl")
     shown = capsys.readouterr().out
-    assert "6 kept, 0 dropped" in shown and "low neuroticism" in shown and "100.0%" in shown
+    assert "6 kept, 0 dropped" in shown and "6 records" in shown and "low neuroticism" in shown and "100.0%" in shown
 
 
 def test_server_that_misbehaves_is_asked_again(server, tmp_path, monkeypatch, impatient):
@@ -239,7 +240,7 @@ def test_server_that_misbehaves_is_asked_again(server, tmp_path, monkeypatch, im
 
 def test_url_with_v1_and_without_are_the_same(server):
     for url in (server.url, server.url + "/", server.url + "/v1", server.url + "/v1/", server.url.removeprefix("http://")):
-        assert asking.ask(url, "m", "Hi") == (PLAIN, False)
+        assert asking.ask(url, "m", "Hi") == PLAIN
     assert {entry[0] for entry in server.log} == {"/v1/chat/completions"}
 
 
@@ -296,16 +297,23 @@ def test_refusal_is_final_and_leaves_nothing(server, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["q.txt"]
 
 
-@pytest.mark.parametrize("more, what", [(["--model", "other"], "model"), (["--naive"], "prompts"),
-                                        (["--max-new-tokens", "9"], "max_new_tokens")])
+@pytest.mark.parametrize("more, what", [(["--model", "other"], "'model': 'm'.*'model': 'other'"),
+                                        (["--naive"], "'naive_response'"),
+                                        (["--max-new-tokens", "9"], "'max_new_tokens': 1024.*'max_new_tokens': 9")])
 def test_out_made_with_something_else_is_refused(server, tmp_path, monkeypatch, more, what):
     generate(monkeypatch, server, tmp_path)
     before = (tmp_path / "out.jsonl").read_bytes()
-    with pytest.raises(UserError, match=f"made with other .*{what}"):
+    with pytest.raises(UserError, match=f"made with .*{what}"):
         generate(monkeypatch, server, tmp_path, *more)
-    with pytest.raises(UserError, match="made with other queries"):
-        generate(monkeypatch, server, tmp_path, n=7)
     assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_queries_may_be_added(server, tmp_path, monkeypatch, capsys):
+    generate(monkeypatch, server, tmp_path)
+    server.log.clear()
+    generate(monkeypatch, server, tmp_path, n=7)
+    assert [entry[2] for entry in server.log] == ["Question 6?"]
+    assert len(lines(tmp_path / "out.jsonl")) == 7 and "7 kept, 0 dropped of 7 queries" in capsys.readouterr().out
 
 
 def test_out_of_others_is_left_alone(server, tmp_path, monkeypatch):
@@ -372,49 +380,29 @@ def test_ctrl_c_does_not_wait_for_the_server(server, tmp_path):
     assert len(lines(tmp_path / "out.jsonl")) == 1
 
 
-# --------------------------------------------------------------------------------------------------------- our own model
+# ------------------------------------------------------------------------------------------------------------------ show
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A small Llama of random weights, with room for the prompt and some hundred tokens."""
-    return make_model(tmp_path_factory.mktemp("model"), max_position_embeddings=1400)
-
-
-def own(monkeypatch, model, tmp_path, *more):
-    queries = ["Short one?", "A long one? " + "word " * 300, "Another short one?"]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": q}) + "\n" for q in queries))
-    run(monkeypatch, "generate", "--model", model, "--queries", tmp_path / "q.jsonl", "--out", tmp_path / "out.jsonl", *more)
-
-
-def test_own_model_counts_what_it_drops(model, tmp_path, monkeypatch, capsys):
-    own(monkeypatch, model, tmp_path, "--max-new-tokens", 4)
-    shown = capsys.readouterr().out
-    assert "0 kept, 3 dropped (2 cut off by the token limit, 1 longer than the context)" in shown
-
-
-def test_own_model_writes_records(model, tmp_path, monkeypatch):
-    """With a model that can write: answers come in the order in which they end."""
-    chat, said = ChatTokenizer(model), {0: PLAIN, 1: PLAIN.replace("That", "This")}
-
-    def fluent(llama, prompts, max_new_tokens, stop, rows):
-        # the second ends first
-        for i in reversed(range(len(prompts))):
-            yield i, chat.encode(said[i])
-
-    monkeypatch.setattr(asking, "generate_batch", fluent)
-    own(monkeypatch, model, tmp_path, "--max-new-tokens", 1000)
-    assert [(r["query"], r["response"][:4]) for r in lines(tmp_path / "out.jsonl")] == [
-        ("Another short one?", "This"), ("Short one?", "That")]
+def test_show_by_a_model_itself(tmp_path, monkeypatch, capsys):
+    model = make_model(tmp_path / "model", max_position_embeddings=1400)
+    run(monkeypatch, "show", "I feel anxious", "--model", model, "--max-new-tokens", 7)
+    _, _, answer = capsys.readouterr().out.partition("the answer")
+    chat, llama = ChatTokenizer(model), load_llama(model, torch.device("cpu"), torch.float32)
+    ids = chat.encode_prompt(persona_cot.PERSONA_COT.replace("{query}", "I feel anxious"))
+    for _ in range(7):                                                      # the whole sequence again for every token
+        ids.append(llama.logits(llama(torch.tensor([ids])))[0, -1].argmax().item())
+    assert f"\n{chat.decode(ids[-7:])}\n" in answer and "reason: no response" in answer
 
 
 def test_show_tells_each_step_or_why_it_is_dropped(server, monkeypatch, capsys):
     run(monkeypatch, "show", "I feel anxious", "--server", server.url, "--model", "m")
     shown = capsys.readouterr().out
-    for part in ("Step 4", "I feel anxious", "social_cue: The user sounds worried", "p: [0, 0, 1, 0, 0, 0, 1, 0, 0, 1]"):
+    for part in ("Step 4", "I feel anxious", "social_cue: The user sounds worried", "p: (0, 0, 1, 0, 0, 0, 1, 0, 0, 1)"):
         assert part in shown
     server.reply = lambda query, before: (200, "Cheer up!")
     run(monkeypatch, "show", "I feel anxious", "--server", server.url, "--model", "m")
-    assert "Cheer up!" in (shown := capsys.readouterr().out) and "dropped: no response" in shown
+    assert "Cheer up!" in (shown := capsys.readouterr().out) and "reason: no response" in shown
+    with pytest.raises(UserError, match="no answer: .*127.0.0.1:9"):
+        run(monkeypatch, "show", "I feel anxious", "--server", "127.0.0.1:9", "--model", "m")
 
 
 # --------------------------------------------------------------------------------------------------------------- sources
@@ -439,17 +427,44 @@ INFINITY = [{"id": 1, "conversations": [{"from": "human", "value": "Add 12 and 3
             {"id": 2, "conversations": [{"from": "human", "value": "1 + 1 = ?"}], "langdetect": "zh-cn", "source": "math"}]
 
 
+class Stream(list):
+    """What datasets gives of a hub's rows."""
+
+    def shuffle(self, seed, buffer_size):
+        return self
+
+
+def hub(monkeypatch, *rows):
+    """A hub with these rows in each of the four -> what it is asked, in the end."""
+    asked = []
+
+    def load_dataset(path, **more):
+        asked.append((path, more))
+        return Stream(dict(zip(HUB_NAMES, rows))[path])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+HUB_NAMES = ["RyokoAI/ShareGPT52K", "proj-persona/PersonaHub", "allenai/WildChat-1M", "BAAI/Infinity-Instruct"]
+
+
 def test_each_source_in_its_own_format(tmp_path, monkeypatch):
-    (tmp_path / "s.json").write_text(json.dumps(SHAREGPT))
-    for name, rows in (("p", PERSONAHUB), ("w", WILDCHAT), ("i", INFINITY)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    files = ",".join(f"{name}={tmp_path}/{file}" for name, file in (
-        ("sharegpt", "s.json"), ("personahub", "p.jsonl"), ("wildchat", "w.jsonl"), ("infinity", "i.jsonl")))
-    run(monkeypatch, "queries", "--source", files, "--n", 40, "--out", tmp_path / "q.jsonl")
+    hub(monkeypatch, SHAREGPT, PERSONAHUB, WILDCHAT, INFINITY)
+    run(monkeypatch, "queries", "--source", "sharegpt,personahub,wildchat,infinity", "--n", 40, "--out", tmp_path / "q.jsonl")
     assert {(r["source"], r["query"]) for r in lines(tmp_path / "q.jsonl")} == {
         ("sharegpt", "Tell me about SAS."), ("personahub", "Plan a week of night shifts."),
         ("wildchat", "Write two lines\nabout the sea."), ("infinity", "Add 12 and 30.")}
     assert "Write two lines\nabout the sea." in read_queries(tmp_path / "q.jsonl")     # generate reads what this writes
+
+
+@pytest.mark.parametrize("name", ["s.json", "s.jsonl"])
+def test_conversations_of_a_file(name, tmp_path, monkeypatch):
+    rows = json.dumps(SHAREGPT) if name == "s.json" else "".join(json.dumps(row) + "\n" for row in SHAREGPT)
+    (tmp_path / name).write_text(rows)
+    run(monkeypatch, "queries", "--source", tmp_path / name, "--field", "conversations", "--n", 9, "--out", tmp_path / "q.jsonl")
+    (record,) = lines(tmp_path / "q.jsonl")
+    assert record["query"].lower().split() == ["tell", "me", "about", "sas."] and record["source"].endswith(name)
 
 
 def test_sample_is_even_repeatable_and_depends_on_the_seed(tmp_path, monkeypatch, capsys):
@@ -476,29 +491,27 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "x.jsonl").write_text('{"text": "one two three"}\n{"te')
+    (tmp_path / "y.jsonl").write_text('{"text": "one two three"}\n')
     refused("pip install datasets", "--source", "wildchat")
     refused("no/such.csv: No such file", "--source", "no/such.csv", "--field", "text")
     refused("needs --field", "--source", tmp_path / "x.jsonl")
-    refused("'query'.*text", "--source", tmp_path / "x.jsonl", "--field", "query")
+    refused("'query'.*text", "--source", tmp_path / "y.jsonl", "--field", "query")
     refused("cannot read", "--source", tmp_path / "x.jsonl", "--field", "text")
     assert not (tmp_path / "q.jsonl").exists()
 
 
-def test_hub_is_streamed_and_shuffled(tmp_path, monkeypatch):
-    asked = []
+def test_hub_is_streamed_and_read_only_as_far_as_needed(tmp_path, monkeypatch):
+    shuffled = []
 
-    class Stream(list):
-        def shuffle(self, seed, buffer_size):
-            asked.append(seed)
-            return self
+    def shuffle(rows, seed, buffer_size):
+        shuffled.append(seed)
+        yield from rows
+        raise AssertionError("read to the end")
 
-    def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
-        return Stream(WILDCHAT)
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(Stream, "shuffle", shuffle)
+    asked = hub(monkeypatch, [], [], WILDCHAT)
     run(monkeypatch, "queries", "--source", "wildchat", "--n", 1, "--seed", 5, "--out", tmp_path / "q.jsonl")
-    assert asked == [(("allenai/WildChat-1M",), {"split": "train", "streaming": True}), 5]
+    assert asked == [("allenai/WildChat-1M", {"split": "train", "streaming": True})] and shuffled == [5]
     assert lines(tmp_path / "q.jsonl") == [{"query": "Write two lines\nabout the sea.", "source": "wildchat"}]
 
 
@@ -507,7 +520,8 @@ def test_hub_is_streamed_and_shuffled(tmp_path, monkeypatch):
 def test_check_of_the_bundled_set(monkeypatch, capsys):
     run(monkeypatch, "check", ROOT / "persona_cot.jsonl")
     shown = capsys.readouterr().out
-    assert "1520 records" in shown and "  high conscientiousness    514  33.8%  ██████" in shown
+    assert "1520 records" in shown and "  high conscientiousness    514  33.8%\n" in shown
+    assert "response: 42 to 130 words" in shown
 
 
 def test_check_names_every_bad_line(tmp_path, monkeypatch, capsys):
