@@ -129,10 +129,14 @@ def read_text(path):
         raise UserError(f"cannot read {path}: line {line} is not UTF-8; save it as UTF-8")
 
 
-def read_json(path, missing):
-    """The JSON object in a file -> dict; UserError with the text `missing` if there is no file."""
+def read_json(path, missing=""):
+    """The JSON object in a file -> dict. If there is no file: {}, or UserError with the text
+    `missing`.
+    """
     if not Path(path).exists():
-        raise UserError(missing)
+        if missing:
+            raise UserError(missing)
+        return {}
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
