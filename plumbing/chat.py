@@ -40,9 +40,11 @@ def own_turns(folder):
     template = jinja.from_string(source)
     query = {"role": "user", "content": "{query}"}
     answer = {"role": "assistant", "content": "{answer}"}
-    messages = [query, answer] * 3
-    first, second, third = (template.render(names, messages=messages[:n]) for n in (1, 3, 5))
-    later = second[len(first):]
+    turns = [query, answer] * 3
+    first = template.render(names, messages=turns[:1])
+    second = template.render(names, messages=turns[:3])
+    third = template.render(names, messages=turns[:5])
+    later = second.removeprefix(first)
     if third != first + later + later or not later.strip().startswith("{answer}"):
         raise ValueError("its turns are not all alike")
     return first, later
@@ -97,11 +99,14 @@ class ChatTokenizer:
     def hold_back_control(self):
         """What a user types is text, never control, however the folder marks its added tokens."""
         added = self.tokenizer.get_added_tokens_decoder()
-        # left out where an answer is shown
-        self.hidden = {i for i, token in added.items() if token.special}
-        # added words and runs of blanks are not control but vocabulary
-        self.control = {token.content: i for i, token in added.items()
-                        if token.special or re.search(r"[^\w\s]", token.content)}
+        self.hidden = set()                             # left out where an answer is shown
+        self.control = {}
+        for i, token in added.items():
+            if token.special:
+                self.hidden.add(i)
+            # added words and runs of blanks are not control but vocabulary
+            if token.special or re.search(r"[^\w\s]", token.content):
+                self.control[token.content] = i
         # they were added before; now all of them are special, and so is held back
         self.tokenizer.add_special_tokens(list(self.control))
         self.tokenizer.encode_special_tokens = True
@@ -154,11 +159,11 @@ class ChatTokenizer:
         """
         rows = len(embedding)
         vocabulary = self.tokenizer.get_vocab()
-        needed = [*self.prefix, *self.suffix, self.eos[0]]
+        needed = self.prefix + self.suffix + self.eos[:1]
         for token, i in vocabulary.items():
-            # a vocabulary may be padded with what no text leads to
-            if i >= rows and token not in self.control and i in self.encode(self.decode([i])):
-                needed.append(i)
+            if i >= rows and token not in self.control:
+                # a vocabulary may be padded with what no text leads to: then it is not among these
+                needed += self.encode(self.decode([i]))
         if max(needed) >= rows:
             raise UserError(f"{self.folder}: tokenizer.json has {len(vocabulary)} tokens, the "
                             f"model's vocabulary {rows}: they are not of one model")
@@ -201,8 +206,9 @@ class ChatTokenizer:
             return ids
         # where in the text each of its tokens stands
         spans = self.tokenizer.encode(query, add_special_tokens=False).offsets
+        end, _ = spans[-excess:][0]
         # cut there, the rest may still come to a token too many
-        return self.encode_query(query[:spans[-excess:][0][0]], format, max_length)
+        return self.encode_query(query[:end], format, max_length)
 
     def encode_prompt(self, query, history=()):
         """The query in the chat format, up to where the answer starts -> token ids.
