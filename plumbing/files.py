@@ -6,7 +6,6 @@ import argparse
 import ctypes
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -55,8 +54,8 @@ def run_program(main):
     sys.exit(2)
 
 
-def number(kind, low, above=False, high=math.inf):
-    """A type= for argparse: an int or float (`kind`) from low to high, never nan or infinite.
+def number(kind, low, above=False, high=1e9):
+    """A type= for argparse: an int or float (`kind`) from low to high, never nan.
 
     above: low itself is refused too.
     """
@@ -65,7 +64,7 @@ def number(kind, low, above=False, high=math.inf):
         value = kind(text)
         # nan compares false with everything
         inside = low < value <= high if above else low <= value <= high
-        if not inside or value == math.inf:
+        if not inside:
             bounds = f"{'above' if above else 'at least'} {low}, at most {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range ({bounds})")
         return value
@@ -139,7 +138,7 @@ def read_json(path, missing=""):
         return {}
     try:
         value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"cannot read {path}: {error}")
     if not isinstance(value, dict):
         raise UserError(f"cannot read {path}: it holds no JSON object {{...}}")
