@@ -70,10 +70,11 @@ class Run:
             fixed = [key for key in self.settings if key not in FREE_ON_RESUME]
             step = self.header(stage, fixed)["step"]
         for earlier in self.order[:self.order.index(stage)]:
-            if not self.header(earlier, SHARED_BY_STAGES)["done"]:
+            if not self.header(earlier)["done"]:
                 raise UserError(f"stage {stage} starts from what stage {earlier} wrote, and "
                                 f"{self.out} has no finished stage {earlier}: run --stage "
                                 f"{earlier} first, with --resume where it has begun")
+        # a run may have been stripped of its states
         written = self.begun()
         if os.path.exists(self.out / "personafuse.json"):
             written.append(1)
@@ -112,7 +113,7 @@ class Run:
                                 "that it came from: start without --resume")
             return stage
 
-    def header(self, stage, keys=()):
+    def header(self, stage, keys=SHARED_BY_STAGES):
         """What a stage's state says of itself; UserError where its settings differ in these keys.
         """
         if stage not in self.begun():
@@ -140,7 +141,7 @@ class Run:
             if (line["stage"], line["step"], "held_out" in line) <= (stage, step, False):
                 kept.append(json.dumps(line) + "\n")
         with atomic_write(self.metrics_file) as tmp:
-            tmp.write_text("".join(kept), encoding="utf-8")
+            tmp.write_text("".join(kept))
         self.saved_at = time.monotonic()
 
     def move_aside(self, stage):
@@ -175,11 +176,11 @@ class Run:
     # -------------------------------------------------------------------------------------- metrics
 
     def log(self, line):
-        """Append a dict with "stage" and "step" to metrics.jsonl."""
+        """Append a dict with "stage" and "step" to metrics.jsonl, as ASCII."""
         if not self.is_main:
             return
         try:
-            with open(self.metrics_file, "a", encoding="utf-8") as file:
+            with open(self.metrics_file, "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.metrics_file}: {error.strerror}; "
@@ -190,7 +191,7 @@ class Run:
         if not self.metrics_file.exists():
             return []
         lines = []
-        for text in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+        for text in self.metrics_file.read_bytes().splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 line = json.loads(text)
                 if isinstance(line["stage"] + line["step"], int):

@@ -218,9 +218,10 @@ def test_the_same_contents_resume_wherever_they_lie(tmp_path):
 
 @pytest.mark.parametrize("what", ["base", "encoder", "data"])
 def test_other_contents_are_refused(tmp_path, what):
-    train(tmp_path, ALL, until=(1, 2))
-    refused(tmp_path, ALL, f"with {what} = '{SETTINGS[what]}'", "is not the same", "--out",
-            resume=True, **{f"{what}_sha256": "other"})
+    for until in ((1, 2), None):
+        train(tmp_path, ALL, until=until, resume=until is None)
+        refused(tmp_path, ALL, f"with {what} = '{SETTINGS[what]}'", "is not the same", "--out",
+                resume=True, **{f"{what}_sha256": "other"})
 
 
 def test_other_settings_are_named(tmp_path):
