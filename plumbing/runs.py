@@ -67,8 +67,7 @@ class Run:
             stage = self.first_incomplete(stages)
             if stage is None:
                 return None
-            fixed = [key for key in self.settings if key not in FREE_ON_RESUME]
-            step = self.header(stage, fixed)["step"]
+            step = self.header(stage)["step"]
         for earlier in self.order[:self.order.index(stage)]:
             if not self.header(earlier)["done"]:
                 raise UserError(f"stage {stage} starts from what stage {earlier} wrote, and "
@@ -101,7 +100,11 @@ class Run:
 
     def first_incomplete(self, stages):
         """Where --resume goes on; None where nothing is left to do."""
-        last = self.begun()[-1]
+        begun = self.begun()
+        last = begun[-1]
+        # the last of these that has begun, begun by a command like this one
+        fixed = [key for key in self.settings if key not in FREE_ON_RESUME]
+        self.header(max(set(begun) & set(stages), default=stages[0]), fixed)
         # a stage is complete when it is evaluated: killed before, it makes up for that, but not
         # when a later one has begun, for what others read is the later one's then
         evaluated = [line["stage"] for line in self.metrics() if "held_out" in line]

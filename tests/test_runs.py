@@ -229,6 +229,8 @@ def test_other_settings_are_named(tmp_path):
     refused(tmp_path, ALL, "lr1 = 0.001", "0.5 is not the same", resume=True, lr1=0.5)
     # a setting that the run did not know may have been otherwise
     refused(tmp_path, ALL, "new", resume=True, new=1)
+    train(tmp_path, ALL, resume=True)
+    refused(tmp_path, ALL, "lr1 = 0.001", "0.5 is not the same", resume=True, lr1=0.5)
 
 
 # --------------------------------------------------------------------------------- only a run moves
