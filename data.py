@@ -159,10 +159,10 @@ def make_examples(records, tokenizer, encode_queries, max_length, answer="respon
     for start in range(0, len(records), 1000):
         part = records[start:start + 1000]
         queries = [record["query"] for record in part]
-        prompts = tokenizer.encode_queries(queries, "chat")
-        answers = tokenizer.encode_answers([record[answer] for record in part])
         encoder_queries = encode_queries(queries) if encode_queries else [[]] * len(part)
-        for record, prompt, ids, query in zip(part, prompts, answers, encoder_queries):
+        for record, query in zip(part, encoder_queries):
+            prompt = tokenizer.encode_prompt(record["query"])
+            ids = tokenizer.encode_answer(record[answer])
             room = max_length - len(prompt)
             if room > 0:
                 arrays = [np.array(row, np.int32) for row in (prompt, ids[:room], query)]

@@ -480,12 +480,12 @@ class PersonaFuse(nn.Module):
 
 def encode_within(tokenizer, queries, format, limit, why):
     """Queries -> token ids of each, `limit` at most: longer ones are cut, and that is said."""
-    rows = tokenizer.encode_queries(queries, format)
+    rows = [tokenizer.encode_query(query, format) for query in queries]
     cut = sum(len(row) > limit for row in rows)
     if not cut:
         return rows
     print(f"{cut} of {len(rows)} queries are cut to {limit} tokens: {why}", file=sys.stderr)
-    return tokenizer.encode_queries(queries, format, limit)
+    return [tokenizer.encode_query(query, format, limit) for query in queries]
 
 
 def like_lengths(lengths, rows):
@@ -648,7 +648,7 @@ def read_tensors(folder, wanted, device, dtype):
 def base_sampling(folder):
     """How the makers of a base have its answers drawn, where its generation_config.json says it."""
     path = Path(folder) / "generation_config.json"
-    said = read_json(path, "") if path.exists() else {}
+    said = read_json(path)
     values = {}
     for name in ("temperature", "top_p", "repetition_penalty"):
         value = said.get(name)

@@ -511,7 +511,7 @@ def train(args, device):
     try:
         first_stage, first_step = start
         for stage in range(1, first_stage):
-            if run.has_state(stage):
+            if stage in run.begun():
                 restore(model, stage, run)
         known = {}
         for stage in stages:
@@ -534,7 +534,7 @@ def finish_stage(model, stage, training, held_out, args, known, run):
     is_main = process_rank() == 0
     with_router = stage > 1 and model.router is not None
     if is_main:
-        save_run(model, run.out, run.saved, with_router)
+        save_run(model, run.out, run.settings, with_router)
     metrics = {}
     if held_out:
         metrics = evaluate(model, held_out, training, args, known, with_router, run)

@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from experiments.chat_template import chat_template
 from lora import merge, unmerge
 from personafuse import OVERFLOW, load_run
-from plumbing.chat import FORMATS, PLAIN
 from plumbing.files import UserError, read_json, run_program, write_json
 from router import ROUTES
 from sample import check_query, check_setting, newest_run
@@ -86,7 +85,7 @@ def write_configs(base, folder, out, tokenizer):
     })
 
     path = folder / "generation_config.json"
-    generation = read_json(path, "") if path.exists() else {}
+    generation = read_json(path)
     write_json(out / "generation_config.json", generation | eos)
 
     path = out / "tokenizer_config.json"
@@ -104,9 +103,8 @@ def write_template(out, tokenizer):
     """Leave the base's own chat template where the experts were trained on the prompts that it
     writes; else write ours in its place.
     """
-    own = tokenizer.format not in (PLAIN, *FORMATS)
     # one that tells the date writes another prompt every day
-    if own and not tells_date(out):
+    if tokenizer.has_template and not tells_date(out):
         return
     settings = read_json(out / "tokenizer_config.json", "")
     settings.pop("chat_template", None)

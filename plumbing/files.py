@@ -6,7 +6,6 @@ import argparse
 import ctypes
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -55,8 +54,8 @@ def run_program(main):
     sys.exit(2)
 
 
-def number(kind, low, above=False, high=math.inf):
-    """A type= for argparse: an int or float (`kind`) from low to high, never nan or infinite.
+def number(kind, low, above=False, high=1e9):
+    """A type= for argparse: an int or float (`kind`) from low to high, never nan.
 
     above: low itself is refused too.
     """
@@ -65,7 +64,7 @@ def number(kind, low, above=False, high=math.inf):
         value = kind(text)
         # nan compares false with everything
         inside = low < value <= high if above else low <= value <= high
-        if not inside or value == math.inf:
+        if not inside:
             bounds = f"{'above' if above else 'at least'} {low}, at most {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range ({bounds})")
         return value
@@ -129,13 +128,17 @@ def read_text(path):
         raise UserError(f"cannot read {path}: line {line} is not UTF-8; save it as UTF-8")
 
 
-def read_json(path, missing):
-    """The JSON object in a file -> dict; UserError with the text `missing` if there is no file."""
+def read_json(path, missing=""):
+    """The JSON object in a file -> dict. If there is no file: {}, or UserError with the text
+    `missing`.
+    """
     if not Path(path).exists():
-        raise UserError(missing)
+        if missing:
+            raise UserError(missing)
+        return {}
     try:
         value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"cannot read {path}: {error}")
     if not isinstance(value, dict):
         raise UserError(f"cannot read {path}: it holds no JSON object {{...}}")

@@ -40,20 +40,25 @@ TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# how a text is cut into words before BPE, by tokenizer.ggml.pre; a number's digits go by three
+# a number's digits go by three
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-WORDS = {"smollm": None, "llama-bpe": LLAMA3, "qwen2": LLAMA3.replace("{1,3}", "")}
+QWEN2 = LLAMA3.replace("{1,3}", "")
+# how a text is cut into words before BPE, by tokenizer.ggml.pre
+WORDS = {
+    "smollm": pre_tokenizers.Digits(individual_digits=True),
+    "llama-bpe": pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+    "qwen2": pre_tokenizers.Split(Regex(QWEN2), "isolated"),
+}
 
 
 def convert_gguf(path, folder):
     """Make `folder` from a GGUF file, whole or not at all, unless it is there already -> folder."""
     if folder.is_dir():
         return folder
-    try:
-        from gguf import GGUFReader, dequantize
-    except ImportError:
-        raise UserError("the package gguf reads GGUF files: `pip install gguf`")
+    # here, for this import takes half a second
+    from gguf import GGUFReader, dequantize
+
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -124,25 +129,21 @@ def llama3_rope(slower, theta):
 
 def read_tokenizer(fields):
     """tokenizer.json, as a Tokenizer of the library that will read it."""
-    field = {key: fields[f"tokenizer.ggml.{key}"] for key in
-             ("model", "pre", "tokens", "merges", "token_type")}
-    pre, tokens = field["pre"], field["tokens"]
-    if field["model"] != "gpt2" or pre not in WORDS:
-        raise ValueError(f"tokenizer {field['model']} {pre} is not supported")
-    merges = [tuple(merge.split(" ")) for merge in field["merges"]]
+    kind = fields["tokenizer.ggml.model"]
+    pre = fields["tokenizer.ggml.pre"]
+    if kind != "gpt2" or pre not in WORDS:
+        raise ValueError(f"tokenizer {kind} {pre} is not supported")
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: id for id, token in enumerate(tokens)}
     is_llama = pre == "llama-bpe"
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=is_llama))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    if pre == "smollm":
-        split = pre_tokenizers.Digits(individual_digits=True)
-    else:
-        split = pre_tokenizers.Split(Regex(WORDS[pre]), "isolated")
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([WORDS[pre], in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, field["token_type"]):
+    for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"]):
         if kind in (3, 4):                              # control tokens, and others that were added
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == 3)])
     if fields.get("tokenizer.ggml.add_bos_token", is_llama):

