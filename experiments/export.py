@@ -104,7 +104,7 @@ def write_template(out, tokenizer):
     writes; else write ours in its place.
     """
     # one that tells the date writes another prompt every day
-    if tokenizer.has_template and not tells_date(out):
+    if tokenizer.source == "own" and not tells_date(out):
         return
     settings = read_json(out / "tokenizer_config.json", "")
     settings.pop("chat_template", None)

@@ -4,6 +4,7 @@ What a user types is text, never control, and only a format's own tags become co
 """
 
 import re
+from datetime import date
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -11,6 +12,25 @@ from tokenizers import Tokenizer
 from plumbing.files import UserError, read_json, read_text
 
 PLACE = re.compile(r"\{(query|answer)\}")
+
+CHATML = "<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n"
+LLAMA = ("<|start_header_id|>user<|end_header_id|>\n\n{query}<|eot_id|>"
+         "<|start_header_id|>assistant<|end_header_id|>\n\n")
+FALCON = "<|user|>\n{query}\n<|assistant|>\n"
+# of published models, for copies of them without their template: a token that tells the family ->
+# its name, what stands before the first turn, a turn, and what ends an answer
+FAMILIES = {
+    "<|start_header_id|>": (
+        "Llama 3.1's", "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
+        "December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>", LLAMA, "<|eot_id|>"),
+    "<|object_ref_start|>": (
+        "Qwen2.5's", "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a "
+        "helpful assistant.<|im_end|>\n", CHATML, "<|im_end|>\n"),
+    "<|im_start|>": (
+        "SmolLM2's", "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+        "Hugging Face<|im_end|>\n", CHATML, "<|im_end|>\n"),
+    ">>QUESTION<<": ("Falcon3's", "", FALCON, "<|endoftext|>\n"),
+}
 
 
 def own_turns(folder):
@@ -21,8 +41,11 @@ def own_turns(folder):
     A template is a program in the jinja language. It runs here, as in transformers, on stand-ins
     for the texts. That may raise anything; ValueError where its turns are not all alike.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "special_tokens_map.json")
+    config |= read_json(folder / "tokenizer_config.json")
     source = config.get("chat_template")
+    if isinstance(source, list):
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
     path = folder / "chat_template.jinja"
     if path.exists():
         source = read_text(path)
@@ -33,10 +56,12 @@ def own_turns(folder):
     for key, value in config.items():
         if key.endswith("_token"):
             names[key] = value["content"] if isinstance(value, dict) else value
-    # but not the date: a prompt stays what it was in training
+    # the date is the same every day: a prompt stays what it was in training
+    names["strftime_now"] = date(2024, 7, 26).strftime
     # sandboxed, for it is a stranger's program; jinja2 comes with torch
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                          extensions=["jinja2.ext.loopcontrols"])
     template = jinja.from_string(source)
     query = {"role": "user", "content": "{query}"}
     answer = {"role": "assistant", "content": "{answer}"}
@@ -53,12 +78,17 @@ def own_turns(folder):
 def untrained(ids, embedding):
     """The set of those token ids that a model has not learned; embedding (V, d).
 
-    Rows that training has never reached are near zero; trained ones are alike in length: SmolLM2's
-    and tiny's shortest have more than half of the median.
+    Rows that training has never reached are near zero, or copies of one another. Trained ones are
+    alike in length: SmolLM2's and tiny's shortest have more than half of the median.
     """
     lengths = embedding.norm(dim=1)                                     # (V)
     short = lengths.median() / 10
-    return {i for i in ids if i >= len(lengths) or lengths[i] < short}
+    bad = {i for i in ids if i >= len(lengths) or lengths[i] < short}
+    known = set(ids) - bad
+    for i in known:
+        if any(embedding[i].equal(embedding[j]) for j in known - {i}):
+            bad.add(i)
+    return bad
 
 
 class ChatTokenizer:
@@ -106,34 +136,43 @@ class ChatTokenizer:
                 self.hidden.add(i)
             # added words and runs of blanks are not control but vocabulary
             if token.special or re.search(r"[^\w\s]", token.content):
-                self.control[token.content] = i
+                self.control[i] = token
         # they were added before; now all of them are special, and so is held back
-        self.tokenizer.add_special_tokens(list(self.control))
+        self.tokenizer.add_special_tokens(list(self.control.values()))
         self.tokenizer.encode_special_tokens = True
 
     def choose_format(self):
-        """The folder's own template, or the plain format."""
-        turns = None
+        """The folder's own template, else that of its family, else the plain format."""
         why = ""
         try:
             turns = own_turns(self.folder)
         except Exception as error:                      # a template may raise anything
+            turns = None
             why = f" (the folder's own template cannot be followed: {error})"
-        self.use(turns, why)
-
-    def use(self, turns, why):
-        """Write conversations in a template's turns from now on, or with None in plain text."""
-        self.has_template = turns is not None
         if turns:
-            name = "the folder's own template"
-            self.first, self.later = map(self.pieces, turns)
-        else:
-            name = "plain text 'User: ... Assistant:'"
-            turn = "User: {query}\nAssistant:"
-            self.first = [*self.prefix, turn]
-            # a space parts the answer from the prompt
-            self.later = [" {answer}", self.eos[0], turn]
-        self.format_note = f"chat format: {name}{why}"
+            self.use("own", "the folder's own template", *map(self.pieces, turns))
+            return
+        for mark, (name, system, turn, end) in FAMILIES.items():
+            if self.tokenizer.token_to_id(mark) is not None:
+                first = self.prefix + self.pieces(system + turn)
+                later = self.pieces("{answer}" + end + turn)
+                self.use("family", name + why, first, later)
+                return
+        self.use_plain(why)
+
+    def use_plain(self, why):
+        turn = "User: {query}\nAssistant:"
+        # a space parts the answer from the prompt
+        later = [" {answer}", self.eos[0], turn]
+        first = [*self.prefix, turn]
+        self.use("plain", f"plain text 'User: ... Assistant:'{why}", first, later)
+
+    def use(self, source, name, first, later):
+        """Write conversations in these turns from now on; source: "own", "family" or "plain"."""
+        self.source = source
+        self.format_note = f"chat format: {name}"
+        self.first = first
+        self.later = later
         # an answer ends with the control token behind it, else with the model's own end token
         before, mark, after = self.later[0].partition("{answer}")
         if after.strip():
@@ -146,10 +185,17 @@ class ChatTokenizer:
 
     def pieces(self, text):
         """A template's text -> its parts: ids of control tokens, and the texts between them."""
-        names = sorted(self.control, key=len, reverse=True)
-        either = "|".join(map(re.escape, names))
-        parts = re.split(f"({either})", text) if names else [text]
-        return [self.control.get(part, part) for part in parts if part]
+        self.tokenizer.encode_special_tokens = False
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        self.tokenizer.encode_special_tokens = True
+        parts = []
+        done = 0
+        for i, (start, end) in zip(encoding.ids, encoding.offsets):
+            if i in self.control:
+                # some take the blanks beside them with them
+                parts += [text[done:start], i]
+                done = end
+        return [part for part in [*parts, text[done:]] if part != ""]
 
     def check_against(self, embedding):
         """Look at the model's embedding (V, d), once it is loaded.
@@ -161,15 +207,17 @@ class ChatTokenizer:
         vocabulary = self.tokenizer.get_vocab()
         needed = self.prefix + self.suffix + self.eos[:1]
         for token, i in vocabulary.items():
-            if i >= rows and token not in self.control:
+            if i >= rows and i not in self.control:
                 # a vocabulary may be padded with what no text leads to: then it is not among these
                 needed += self.encode(self.decode([i]))
         if max(needed) >= rows:
             raise UserError(f"{self.folder}: tokenizer.json has {len(vocabulary)} tokens, the "
                             f"model's vocabulary {rows}: they are not of one model")
         tags = {part for part in self.first + self.later if isinstance(part, int)}
-        if self.has_template and untrained(tags, embedding):
-            self.use(None, " (the model has not learned the tokens of its chat format)")
+        bad = untrained(tags | set(self.eos), embedding)
+        if tags & bad and self.source != "plain":
+            self.eos.sort(key=lambda i: i in bad)
+            self.use_plain(" (the model has not learned the tokens of its chat format)")
 
     def fill(self, parts, **texts):
         """A format's parts with texts in their places -> token ids. Only the parts' own ids are

@@ -138,7 +138,7 @@ def read_json(path, missing=""):
         return {}
     try:
         value = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}")
     if not isinstance(value, dict):
         raise UserError(f"cannot read {path}: it holds no JSON object {{...}}")

@@ -56,9 +56,11 @@ def convert_gguf(path, folder):
     """Make `folder` from a GGUF file, whole or not at all, unless it is there already -> folder."""
     if folder.is_dir():
         return folder
-    # here, for this import takes half a second
-    from gguf import GGUFReader, dequantize
-
+    try:
+        # here, for this import takes half a second
+        from gguf import GGUFReader, dequantize
+    except ImportError:
+        raise UserError("the package gguf reads GGUF files: `pip install gguf`")
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}

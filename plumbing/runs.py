@@ -78,6 +78,11 @@ class Run:
         if os.path.exists(self.out / "personafuse.json"):
             written.append(1)
         self.moves_aside = not resume and max(written, default=0) >= stage
+        for key in ("base_folder", "encoder_folder", "data"):
+            path = self.settings.get(key)
+            if self.moves_aside and path and Path(path).resolve().is_relative_to(self.out):
+                raise UserError(f"{self.out} holds a run that would move aside, and {path} lies in "
+                                "it: give another --out")
         self.start = stage, step
         return self.start
 

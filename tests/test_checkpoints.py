@@ -210,9 +210,6 @@ def test_tokens_that_only_tokenizer_json_knows(tmp_path):
             "id": first + number, "content": text, "special": True, "single_word": False,
             "lstrip": False, "rstrip": False, "normalized": False})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    template = ("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>{% endif %}")
-    (folder / "chat_template.jinja").write_text(template)
     chat = ChatTokenizer(folder)
     assert chat.encode_prompt("hello")[0] == first              # <|im_start|>, one token
     assert chat.end == first + 1 and chat.end in chat.stop

@@ -24,8 +24,6 @@ CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 OTHER = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
          "{% if add_generation_prompt %}<assistant>{% endif %}")
-DATED = ("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}"
-         "{% else %}26 Jul 2024{% endif %}")
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
                  "<|end_header_id|>", "<|eot_id|>")
@@ -61,7 +59,7 @@ def dated(folder):
     """A template that tells the date: in training it was the same every day."""
     own_template(folder)
     path = folder / "tokenizer_config.json"
-    path.write_text(path.read_text().replace("{% for", DATED + "{% for", 1))
+    path.write_text(path.read_text().replace("{% for", "{{ strftime_now('%d %b %Y') }}{% for", 1))
 
 
 def llama3(folder):

@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path):
     for read in (read_text, read_lines, lambda p: read_json(p, "")):
         with pytest.raises(UserError, match="data.jsonl.*line 3.*UTF-8"):
             read(path)
-    for text in ("{", "[1]", "3", "null", ""):
+    for text in ("{", "[1]", "3", "null", "[" * 100_000, ""):
         path.write_text(text)
         with pytest.raises(UserError, match="cannot read .*data.jsonl"):
             read_json(path, "")

@@ -218,6 +218,13 @@ def test_converted_once_and_whole_or_not_at_all(tmp_path, monkeypatch):
         find_model(str(tmp_path / "m.gguf"))
 
 
+def test_without_the_package_gguf(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "m.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="pip install gguf"):
+        find_model(str(tmp_path / "m.gguf"))
+
+
 # ------------------------------------------------------------------------------ from the package index
 
 @pytest.fixture

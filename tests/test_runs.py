@@ -291,6 +291,19 @@ def test_a_folder_without_content_is_used_as_it_is(tmp_path):
     assert not tmp_path.with_name(tmp_path.name + ".1").exists()
 
 
+@pytest.mark.parametrize("inside", ["base_folder", "encoder_folder", "data"])
+def test_a_run_that_holds_what_the_next_one_reads_stays(tmp_path, inside):
+    out = tmp_path / "run"
+    train(out, ALL)
+    refused(tmp_path, ALL, "lies in it", "another --out", out=out, **{inside: str(out / "mine")})
+    # by another way to the same place
+    (tmp_path / "link").symlink_to(out)
+    refused(tmp_path, ALL, "lies in it", out=out, **{inside: str(tmp_path / "link" / "mine")})
+    # which is no matter where nothing moves
+    train(tmp_path / "other", [1])
+    assert plan(tmp_path / "other", [2], **{inside: str(tmp_path / "other" / "mine")}) == (2, 0)
+
+
 @pytest.mark.parametrize("below", [False, True])
 def test_the_working_directory_stays_while_the_run_in_it_moves(tmp_path, monkeypatch, below):
     out = tmp_path / "run"
