@@ -54,7 +54,8 @@ def own_turns(folder):
     # what it may use: bos_token and its like, as text or as {"content": text, ...}
     names = {"tools": None, "documents": None, "add_generation_prompt": True}
     for key, value in config.items():
-        if key.endswith("_token"):
+        # null is what it has no token for: in the template too it is not there
+        if key.endswith("_token") and value is not None:
             names[key] = value["content"] if isinstance(value, dict) else value
     # the date is the same every day: a prompt stays what it was in training
     names["strftime_now"] = date(2024, 7, 26).strftime

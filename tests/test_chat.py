@@ -142,6 +142,14 @@ def test_a_template_may_stand_in_tokenizer_config(how, tmp_path):
     assert same_prompts(ChatTokenizer(folder), theirs_of(folder, OWN))
 
 
+def test_a_token_that_a_folder_has_not_is_not_in_its_template(tmp_path):
+    template = "{{ bos_token }}{% if bos_token %}!{% endif %}" + OWN
+    folder = make_folder(tmp_path, [END], template)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": None}))
+    assert same_prompts(ChatTokenizer(folder), theirs_of(folder))
+
+
 @pytest.mark.parametrize("family", IN_TABLE)
 def test_without_a_template_the_format_is_the_familys(family, tmp_path):
     template, special, bos, end = FAMILIES[family]
