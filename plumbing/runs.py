@@ -78,9 +78,11 @@ class Run:
         if os.path.exists(self.out / "personafuse.json"):
             written.append(1)
         self.moves_aside = not resume and max(written, default=0) >= stage
-        for key in ("base_folder", "encoder_folder", "data"):
-            path = self.settings.get(key)
-            if self.moves_aside and path and Path(path).resolve().is_relative_to(self.out):
+        for key in ("base", "encoder", "base_folder", "encoder_folder", "data"):
+            # a base may also be a name, and a path is absolute
+            path = Path(self.settings.get(key) or "")
+            inside = path.is_absolute() and path.resolve().is_relative_to(self.out)
+            if self.moves_aside and inside:
                 raise UserError(f"{self.out} holds a run that would move aside, and {path} lies in "
                                 "it: give another --out")
         self.start = stage, step
@@ -163,10 +165,11 @@ class Run:
         copied = [f"stage{earlier}.safetensors" for earlier in range(1, stage)]
         try:
             aside.mkdir()
-            for name in os.listdir(self.out):
+            # in this order the states go last: what a crash leaves here still moves aside, as a run
+            for name in sorted(os.listdir(self.out)):
                 if name in copied:
                     shutil.copy2(self.out / name, aside)
-                elif name != ".lock":
+                elif name[0] != ".":
                     os.rename(self.out / name, aside / name)
         except OSError as error:
             # only where nothing has moved yet

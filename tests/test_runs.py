@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -287,11 +288,51 @@ def test_a_folder_of_the_users_is_refused(tmp_path, name):
 def test_a_folder_without_content_is_used_as_it_is(tmp_path):
     (tmp_path / ".gitkeep").touch()
     train(tmp_path, ALL)
+    # it is no part of the run, and does not move with it
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".gitkeep").touch()
+    train(out, ALL)
+    train(out, ALL)
+    assert (out / ".gitkeep").exists() and not (tmp_path / "run.1" / ".gitkeep").exists()
     assert (tmp_path / ".gitkeep").exists()
     assert not tmp_path.with_name(tmp_path.name + ".1").exists()
 
 
-@pytest.mark.parametrize("inside", ["base_folder", "encoder_folder", "data"])
+@pytest.mark.parametrize("crash", range(1, 9))
+def test_a_crash_on_the_way_aside_loses_nothing(tmp_path, monkeypatch, crash):
+    out = tmp_path / "run"
+    train(out, ALL, seed=1)
+    (out / "high").mkdir()
+    (out / "high" / "adapter.safetensors").write_bytes(b"high")
+    before = files(out)
+    rename = os.rename
+    left = iter(range(1, crash))
+
+    def rename_until(*paths):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", rename_until)
+    # a folder's names come in any order
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: sorted(listdir(folder), reverse=True))
+    run = Run(out, SETTINGS)
+    run.plan(ALL, resume=False)
+    with suppress(KeyboardInterrupt):
+        run.begin()
+    run.close()
+    monkeypatch.setattr(os, "rename", rename)
+    train(out, ALL, seed=2)
+    # whole, but in two folders: no file was written over
+    moved = {}
+    for folder in sorted(tmp_path.glob("run.*")):
+        moved |= files(folder)
+    assert moved == before
+
+
+@pytest.mark.parametrize("inside", ["base", "encoder", "base_folder", "encoder_folder", "data"])
 def test_a_run_that_holds_what_the_next_one_reads_stays(tmp_path, inside):
     out = tmp_path / "run"
     train(out, ALL)
