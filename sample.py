@@ -19,6 +19,8 @@ from plumbing.files import (UserError, check_text, number, read_json, run_progra
 from plumbing.models import find_model, model_table
 from router import ROUTES
 
+MOST_REMARKS = 99
+
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, epilog=model_table(),
@@ -86,7 +88,7 @@ def load_profile(path):
     remarks = [0] * len(TRAITS)
     if path and Path(path).exists():
         for word, count in read_json(path, "").items():
-            if word not in WORDS or type(count) is not int or abs(count) > 99:
+            if word not in WORDS or type(count) is not int or abs(count) > MOST_REMARKS:
                 raise UserError(f"{path}: {word!r}: {count!r} is no remark; it has whole numbers "
                                 f"for {', '.join(WORDS)}")
             remarks[WORDS.index(word)] = count
@@ -116,6 +118,8 @@ def load_model(args):
     else:
         model, run = load_run(args.run or newest_run(), device, args.dtype, args.base)
         settings |= run
+    if args.profile and model.experts == 1:
+        raise UserError("--profile shifts the router's weights: a single LoRA has none")
     for name in ("temperature", "top_p", "repetition_penalty"):
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
@@ -218,10 +222,15 @@ def remark(command, word, args):
     """"/more" or "/less" of one of WORDS: args.remarks change, and the profile if there is one."""
     if word not in WORDS:
         raise UserError(f"{command} what? One of {', '.join(WORDS)}")
-    args.remarks[WORDS.index(word)] += 1 if command == "/more" else -1
-    said = {word: count for word, count in zip(WORDS, args.remarks) if count}
+    remarks = list(args.remarks)
+    remarks[WORDS.index(word)] += 1 if command == "/more" else -1
+    if max(map(abs, remarks)) > MOST_REMARKS:
+        raise UserError(f"{command} {word}: {MOST_REMARKS} times is the most that a profile keeps")
+    said = {word: count for word, count in zip(WORDS, remarks) if count}
     if args.profile:
         write_json(args.profile, said)
+    # what could not be kept counts for nothing
+    args.remarks = remarks
     print(", ".join(f"{word} {count:+}" for word, count in said.items()) or "as it was")
 
 

@@ -346,6 +346,20 @@ def test_a_profile_goes_with_the_router_only(tmp_path):
     assert result.returncode == 2 and "--profile shifts the router's weights" in result.stderr
 
 
+def test_a_remark_that_cannot_be_kept_counts_for_nothing(run, tmp_path):
+    profile = tmp_path / "none" / "me.json"
+    code, seen = converse(run, "I feel anxious", "/more blunt", "I feel anxious",
+                          options=["--profile", profile])
+    turns = seen.split("you: ")
+    assert code == 0 and "cannot write" in turns[2]
+    assert bar_of(turns[3], "low agreeableness") == bar_of(turns[1], "low agreeableness")
+    # nor one that the next conversation would refuse to read
+    profile = tmp_path / "me.json"
+    profile.write_text('{"kind": 99}')
+    code, seen = converse(run, "/more kind", options=["--profile", profile])
+    assert "99 times is the most" in seen and profile.read_text() == '{"kind": 99}'
+
+
 def test_the_oldest_turns_make_room(model):
     history = [(f"question {i} " + "word " * 20, "answer " * 20) for i in range(8)]
     newest = history[-1]

@@ -638,6 +638,9 @@ def test_a_baseline_is_one_lora_of_the_same_size(run, mini, small_data, tmp_path
     assert lora_numbers(weights(out)) == lora_numbers(weights(run))
     assert (out / "lora" / "adapter_config.json").exists()
     succeeds("sample.py", "hi", "--run", out, "--max-new-tokens", 5)
+    # which has nothing that a profile could shift
+    result = program("sample.py", "hi", "--run", out, "--profile", tmp_path / "me.json")
+    assert fails_in_one_line(result, "--profile", "single LoRA")
 
 
 def test_a_baseline_without_its_answers_says_how_to_make_them(mini, small_data, tmp_path):
