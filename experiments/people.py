@@ -91,10 +91,14 @@ def write_sheet(args):
         raise UserError("two are compared: give --run twice, or --run once and --route")
     key_file = f"{args.name}.key.json"
     # before the models run, as they may run for long
-    if Path(key_file).exists():
-        raise UserError(f"{key_file} is there already, and somebody's ratings may need it: "
-                        "give another NAME, or remove it")
-    Path(key_file).parent.mkdir(parents=True, exist_ok=True)
+    for path in (key_file, f"{args.name}.jsonl", f"{args.name}.html"):
+        if Path(path).exists():
+            raise UserError(f"{path} is there already, and somebody's ratings may need it: "
+                            "give another NAME, or remove it")
+    try:
+        Path(key_file).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {key_file}: {error.strerror}")
     _, records = run_records(read_settings(args.run[0]), limit=args.n)
     queries = [record["query"] for record in records]
     answers = []
@@ -205,7 +209,7 @@ def print_tally(args):
 def read_points(path, key, key_file):
     """A rater's file -> what each pair gives the first contestant (n,)."""
     choices = read_json(path, f"there is no {path}")
-    if choices.keys() != key["a"].keys() or not set(choices.values()) <= POINTS.keys():
+    if choices.keys() != key["a"].keys() or set(map(str, choices.values())) - POINTS.keys():
         raise UserError(f"{path} does not rate the pairs of {key_file}, all of them and no others, "
                         f"with one of {', '.join(POINTS)}")
     points = []

@@ -158,6 +158,13 @@ def test_the_bare_base_against_a_run(run, tmp_path):
     # a key is never lost, and with it what the ratings of its pairs say
     assert fails_in_one_line(program(*arguments), "bare.key.json is there already")
     assert name.with_suffix(".html").read_text() == page
+    # nor is a file of somebody's own
+    arguments[2] = tmp_path / "mine"
+    (tmp_path / "mine.jsonl").write_text("mine")
+    assert fails_in_one_line(program(*arguments), "mine.jsonl is there already")
+    assert (tmp_path / "mine.jsonl").read_text() == "mine"
+    arguments[2] = tmp_path / "mine.jsonl" / "bare"
+    assert fails_in_one_line(program(*arguments), "cannot write", "bare.key.json")
 
 
 def test_answers_that_were_written_already(run, tmp_path):
@@ -227,7 +234,8 @@ def test_the_key_stays_shut_until_all_pairs_are_rated(tmp_path):
     path = write_ratings(name, "Ada", "gggg")
     whole = json.loads(path.read_text())
     part = dict(list(whole.items())[:3])
-    for choices in (part, whole | {"another": "a"}, whole | dict.fromkeys(part, "c"), {}):
+    for choices in (part, whole | {"another": "a"}, whole | dict.fromkeys(part, "c"),
+                    whole | dict.fromkeys(part, ["a"]), {}):
         path.write_text(json.dumps(choices))
         result = tally(name, path)
         assert fails_in_one_line(result, "sheet-Ada.json does not rate the pairs of", "key.json")
