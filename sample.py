@@ -84,12 +84,12 @@ def load_profile(path):
     pole: how often they asked for more of it, less how often for less.
     """
     remarks = [0] * len(TRAITS)
-    if path and Path(path).exists():
-        for word, count in read_json(path, "").items():
-            if word not in WORDS or type(count) is not int or abs(count) > 99:
-                raise UserError(f"{path}: {word!r}: {count!r} is no remark; it has whole numbers "
-                                f"for {', '.join(WORDS)}")
-            remarks[WORDS.index(word)] = count
+    saved = read_json(path) if path else {}
+    for word, count in saved.items():
+        if word not in WORDS or type(count) is not int or abs(count) > 99:
+            raise UserError(f"{path}: {word!r}: {count!r} is no remark; it has whole numbers for "
+                            f"{', '.join(WORDS)}")
+        remarks[WORDS.index(word)] = count
     return remarks
 
 

@@ -176,7 +176,7 @@ def score_tombench(question, answers):
 
 def read_eq_bench(folder):
     questions = []
-    for row in read_json(folder / EQ_BENCH_FILE, "").values():
+    for row in read_json(folder / EQ_BENCH_FILE).values():
         reference = row["reference_answer_fullscale"]
         right = {reference[f"emotion{k}"]: float(reference[f"emotion{k}_score"])
                  for k in range(1, 5)}

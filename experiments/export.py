@@ -106,7 +106,7 @@ def write_template(out, tokenizer):
     # one that tells the date writes another prompt every day
     if tokenizer.source == "own" and not tells_date(out):
         return
-    settings = read_json(out / "tokenizer_config.json", "")
+    settings = read_json(out / "tokenizer_config.json")
     settings.pop("chat_template", None)
     write_json(out / "tokenizer_config.json", settings)
     (out / "chat_template.jinja").write_text(chat_template(tokenizer), encoding="utf-8")
