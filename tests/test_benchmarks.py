@@ -144,6 +144,16 @@ def test_each_question_has_one_right_answer_in_its_own_words(files):
         assert question.prompts[0].endswith(f"Question: {question.query}\nAnswer:")
 
 
+def test_gsm8k_is_asked_without_examples_where_their_file_is_missing(files, tmp_path, capsys):
+    (tmp_path / "test.jsonl").write_bytes((files / "gsm8k" / "test.jsonl").read_bytes())
+    questions = read_questions("gsm8k", tmp_path)
+    assert len(questions) == 3
+    for question in questions:
+        assert question.prompts == [f"Question: {question.query}\nAnswer:"]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "train.jsonl" in said[0]
+
+
 def test_every_benchmark_runs(run, files, monkeypatch, capsys):
     table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", ",".join(TASKS),
                       "--data", files, "--limit", 2)
