@@ -42,28 +42,6 @@ def run_records(settings, answers=("response",), data=None, limit=None):
     return training, held
 
 
-@torch.no_grad()
-def response_nll(model, examples, w=None, rows=16):
-    """Eq. 8 example by example, w (n, E), or None for the bare base -> summed negative
-    log-likelihoods (n,) and numbers of response tokens (n,).
-    """
-    nll = torch.zeros(len(examples), device=model.device)
-    counts = torch.tensor([len(example.answer) for example in examples], device=model.device)
-    for part in like_lengths([example.length for example in examples], rows):
-        tokens, targets = response_batch([examples[i] for i in part], model.device)
-        hidden = model.base(tokens, None if w is None else w[part])             # (B, T, d)
-        response = targets >= 0                                                 # (B, T)
-        targets = targets[response]                                             # (N,)
-        # the example that each of the N response tokens belongs to
-        owner = torch.tensor(part, device=model.device)[response.nonzero()[:, 0]]
-        for some, logits in model.base.logits_in_parts(hidden[response]):       # (n, V)
-            losses = F.cross_entropy(logits.float(), targets[some], reduction="none")
-            nll.index_add_(0, owner[some], losses)
-    if not nll.isfinite().all():
-        raise UserError(OVERFLOW)
-    return nll, counts
-
-
 def pole_auc(w, p):
     """ROC AUC of each expert's weight as a detector of its pole. w, p (B, E) -> (E,).
 
@@ -121,12 +99,26 @@ def activations(records):
     return np.array([record["p"] for record in records])
 
 
-def response_losses(model, examples, w):
-    """Mixing weights w (n, E), or None for the bare base -> each response's summed loss and number
-    of tokens, both (n,), numpy.
+@torch.no_grad()
+def response_nll(model, examples, w=None, rows=16):
+    """Eq. 8 example by example, w (n, E), or None for the bare base -> summed negative
+    log-likelihoods (n,) and numbers of response tokens (n,), numpy.
     """
-    nll, counts = response_nll(model, examples, w)
-    return nll.double().cpu().numpy(), counts.double().cpu().numpy()
+    nll = torch.zeros(len(examples), device=model.device)
+    for part in like_lengths([example.length for example in examples], rows):
+        tokens, targets = response_batch([examples[i] for i in part], model.device)
+        hidden = model.base(tokens, None if w is None else w[part])             # (B, T, d)
+        response = targets >= 0                                                 # (B, T)
+        targets = targets[response]                                             # (N,)
+        # the example that each of the N response tokens belongs to
+        owner = torch.tensor(part, device=model.device)[response.nonzero()[:, 0]]
+        for some, logits in model.base.logits_in_parts(hidden[response]):       # (n, V)
+            losses = F.cross_entropy(logits.float(), targets[some], reduction="none")
+            nll.index_add_(0, owner[some], losses)
+    if not nll.isfinite().all():
+        raise UserError(OVERFLOW)
+    counts = np.array([len(example.answer) for example in examples])
+    return nll.double().cpu().numpy(), counts
 
 
 # ------------------------------------------------------------------------------------------ mixing
@@ -160,7 +152,7 @@ def measure_run(run, args, held, routes, measure, with_base):
         if "cot" in routes:
             weights[COT] = None
     if model.router or model.experts == 1:
-        weights[name] = model.mixing_weights(queries, top_k=args.top_k)
+        weights[name] = model.mixing_weights(queries)
     if model.experts > 1:
         for route in routes:
             if route == "oracle":
@@ -188,7 +180,6 @@ def auc_interval(scores, p):
         return np.nanmean(pole_auc(scores[records], p[records]))
 
     return bootstrap(mean_auc, len(p), draws=300)
-
 
 
 def fit_logistic(x, p, penalty):

@@ -1,7 +1,7 @@
 """Does it work? The paper's comparisons (section 6), for runs of train.py that share a base.
 
     python -m experiments.evaluate --run out/tiny --run out/tiny-direct
-                                        the held-out records: losses and router
+                                        the held-out records: losses, router, what is forgotten
     python -m experiments.evaluate --run out/tiny --control
                                         do the experts differ as their names say?
     python -m experiments.evaluate --run out/tiny --steering
@@ -12,8 +12,6 @@
                                         what sharper weights, and better ones, are worth
     python -m experiments.evaluate --run out/tiny --questionnaire
                                         50 items of the IPIP, asked of each expert
-    python -m experiments.evaluate --run out/tiny --forgetting --text english.txt
-                                        what was lost of what the base could do
     python -m experiments.evaluate --run out/tiny --probe data_full.json
                                         what the encoder learned (Table 6)
     python -m experiments.evaluate --run out/tiny --tasks emobench,gsm8k --data DIR --limit 20
@@ -23,13 +21,11 @@
 """
 
 import argparse
-import json
 
-from data import TRAITS
-from experiments.answers import add_sampling
+from experiments.answers import add_answering
 from experiments.benchmarks import BENCHMARKS, TASKS, benchmarks
 from experiments.common import load_experts_run
-from experiments.comparison import COMPARISON, FORGETTING, comparison, forgetting
+from experiments.comparison import COMPARISON, comparison
 from experiments.control import CONTROL, STEERING, control, steering
 from experiments.expression import EXPRESSION, expression
 from experiments.judges import JUDGED
@@ -52,7 +48,6 @@ OF_EACH_RUN = {
 OF_ALL_RUNS = {
     "comparison": (comparison, COMPARISON),
     "expression": (expression, EXPRESSION),
-    "forgetting": (forgetting, FORGETTING),
     "probe": (probe, PROBE),
     "tasks": (benchmarks, BENCHMARKS),
 }
@@ -65,31 +60,27 @@ def parse_arguments():
     add("--run", action="append", required=True, metavar="DIR",
         help="a folder that train.py wrote; may be given again")
     # what to measure: one of these, or the comparison
-    measure = parser.add_mutually_exclusive_group().add_argument
-    for name in (*OF_EACH_RUN, "expression", "forgetting"):
-        measure(f"--{name}", dest="measure", action="store_const", const=name)
-    measure("--probe", metavar="FILE", help="labelled texts: data_full.json of CLINC150, or CSV")
-    measure("--tasks", help=", ".join([*TASKS, *JUDGED]))
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    for name in (*OF_EACH_RUN, "expression"):
+        one_of(f"--{name}", dest="measure", action="store_const", const=name)
+    one_of("--probe", metavar="FILE", help="labelled texts: data_full.json of CLINC150, or CSV")
+    one_of("--tasks", help=", ".join([*TASKS, *JUDGED]))
 
     add("--data", help="the records, where they are not found; for --tasks the benchmarks' folder")
     add("--limit", type=number(int, 1),
         help="only so many held-out records, or questions of a task")
-    add("--text", metavar="FILE", help="English for --forgetting, one text a line")
     add("--route", choices=[*ROUTES, "cot"], default="learned",
         help="for --tasks; cot: the bare base answers through the Persona-CoT prompt")
-    add("--top-k", type=number(int, 1, high=len(TRAITS)), help="only the k largest weights")
-    add("--max-new-tokens", type=number(int, 1), default=400)
+    add("--taus", nargs="+", type=number(float, 0, above=True), metavar="TAU",
+        help="for --routing (default: the run's, its half and its double)")
     add("--judge", metavar="URL", help="OpenAI-compatible (its key: OPENAI_API_KEY)")
     add("--judge-model", metavar="NAME")
-    add("--json", action="store_true")
-    add("--device", default="auto")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    add_sampling(parser)
+    add_answering(parser, max_new_tokens=400)
     return parser.parse_args()
 
 
-def main():
-    args = parse_arguments()
+def measure(args):
+    """What the options ask for -> {title: rows of a table}, and what the tables say."""
     # all runs, before anything is loaded
     first = read_settings(args.run[0])
     for run in args.run[1:]:
@@ -98,20 +89,20 @@ def main():
             raise UserError(f"{run} was made for the base {settings['base']}, {args.run[0]} for "
                             f"{first['base']}: their figures are not to be compared")
     args.device = pick_device(args.device, first["base"])
-    named = "tasks" if args.tasks else "probe" if args.probe else "comparison"
-    name = args.measure or named
+    name = args.measure or ("tasks" if args.tasks else "probe" if args.probe else "comparison")
     if name in OF_ALL_RUNS:
-        measure, meaning = OF_ALL_RUNS[name]
-        tables = measure(args)
-    else:
-        measure, meaning = OF_EACH_RUN[name]
-        tables = {}
-        for run in args.run:
-            for title, rows in measure(*load_experts_run(run, args), args).items():
-                tables[f"{run}, {title}"] = rows
-    if args.json:
-        print(json.dumps(tables, indent=1, ensure_ascii=False))
-        return
+        function, meaning = OF_ALL_RUNS[name]
+        return function(args), meaning
+    function, meaning = OF_EACH_RUN[name]
+    tables = {}
+    for run in args.run:
+        for title, rows in function(*load_experts_run(run, args), args).items():
+            tables[f"{run}, {title}"] = rows
+    return tables, meaning
+
+
+def main():
+    tables, meaning = measure(parse_arguments())
     print(meaning.strip())
     for title, rows in tables.items():
         print(f"\n{title}")
