@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from data import TRAITS, by_hash, load_records, split
 from plumbing.chat import ChatTokenizer
-from experiments.statistics import bootstrap
 from personafuse import OVERFLOW, Config, like_lengths, load_run, response_batch
 from plumbing.files import HERE, UserError, file_sha256
 
@@ -40,23 +39,6 @@ def run_records(settings, answers=("response",), data=None, limit=None):
     if limit:
         held = sorted(held, key=by_hash)[:limit]
     return training, held
-
-
-def pole_auc(w, p):
-    """ROC AUC of each expert's weight as a detector of its pole. w, p (B, E) -> (E,).
-
-    The share of (activated, not activated) pairs of queries in which the activated one has the
-    larger weight; NaN where all p are equal.
-    """
-    auc = np.full(p.shape[1], np.nan)
-    for i in range(p.shape[1]):
-        active = w[p[:, i] == 1, i]
-        inactive = w[p[:, i] == 0, i]
-        if len(active) and len(inactive):
-            wins = (active[:, None] > inactive).mean()
-            ties = (active[:, None] == inactive).mean()
-            auc[i] = wins + 0.5 * ties
-    return auc
 
 
 def find_data(settings):
@@ -172,14 +154,6 @@ def break_ties(w, seed=0):
     # by weight, and among equal weights by the random number
     order = np.lexsort((at_random, w), axis=1)
     return order.argsort(axis=1)
-
-
-def auc_interval(scores, p):
-    """The mean AUC of the ten poles, by scores (n, E) for p (n, E), with its interval."""
-    def mean_auc(records):
-        return np.nanmean(pole_auc(scores[records], p[records]))
-
-    return bootstrap(mean_auc, len(p), draws=300)
 
 
 def fit_logistic(x, p, penalty):

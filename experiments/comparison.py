@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.answers import cot_prompt
-from experiments.common import (COT, activations, auc_interval, break_ties, fitting, measure_rows,
-                                response_nll, run_records)
+from experiments.common import (COT, activations, break_ties, fitting, measure_rows, response_nll,
+                                run_records)
 from experiments.statistics import bootstrap, mean_interval, per_token
 from personafuse import read_settings
 from router import average_precision
@@ -65,9 +65,8 @@ def comparison(args):
         prefers = nll / counts < plain_nll / plain_counts
         row["% prefers Persona-CoT"] = mean_interval(100 * prefers)
         if w is not None and w.shape[1] > 1:
-            w = w.double().cpu().numpy()
-            row["router mAP"] = mean_interval(average_precision(break_ties(w), p))
-            row["mean AUC"] = auc_interval(w, p)
+            scores = break_ties(w.cpu().numpy())
+            row["router mAP"] = mean_interval(average_precision(scores, p))
         row["loss of plain answers"] = bootstrap(per_token(plain_nll, plain_counts), n)
         row["their bits a byte"] = plain_bits * plain_nll.sum()
         rows.append(row)

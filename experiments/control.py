@@ -176,10 +176,10 @@ def measure_dial(losses, own, opposite):
 
 # ---------------------------------------------------------------------------------------- the floor
 
-def shuffle_labels(records, seed):
+def shuffle_labels(records):
     """Records -> the same records, those of the training split with each other's labels."""
     training = [i for i, record in enumerate(records) if not held_out(record["query"])]
-    order = np.random.default_rng(seed).permutation(training)
+    order = np.random.default_rng(0).permutation(training)
     shuffled = list(records)
     for i, other in zip(training, order):
         labels = {}
@@ -196,10 +196,9 @@ def main():
     add = parser.add_argument
     add("out", metavar="FILE", help="where the shuffled records go")
     add("--data", default=str(HERE / "persona_cot.jsonl"), help="records (default: ours)")
-    add("--seed", type=int, default=0)
     args = parser.parse_args()
     lines = []
-    for record in shuffle_labels(load_records(args.data), args.seed):
+    for record in shuffle_labels(load_records(args.data)):
         # p follows from the traits: who reads the file makes it anew
         del record["p"]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")

@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments.answers import sampling, write_answers
-from experiments.common import (COT, activations, auc_interval, fit_logistic, measure_rows,
-                                run_records)
+from experiments.common import COT, activations, fit_logistic, measure_rows, run_records
 from experiments.statistics import mean_interval
 from personafuse import read_settings
 from router import average_precision
@@ -158,15 +157,14 @@ def expression(args):
         if read_settings(run)["variant"] == "cot-finetuned":
             one_lora = Path(run).name
 
-    scores = {name: reader.scores(answers) for name, answers in written.items()}
+    precisions = {name: average_precision(reader.scores(answers), p)
+                  for name, answers in written.items()}
     # what knows nothing of the answer
-    commonest = activations(training).mean(axis=0)
-    scores["always the commonest traits"] = np.tile(commonest, (len(p), 1))
-    precisions = {name: average_precision(of, p) for name, of in scores.items()}
+    commonest = np.tile(activations(training).mean(axis=0), (len(p), 1))
+    precisions["always the commonest traits"] = average_precision(commonest, p)
     rows = []
     for name, of in precisions.items():
         row = {"name": name, "mean average precision": mean_interval(of)}
-        row["mean AUC"] = auc_interval(scores[name], p)
         if one_lora and name != one_lora:
             # on the same records for both: a paired interval
             row["difference"] = mean_interval(of - precisions[one_lora])

@@ -16,13 +16,12 @@ import argparse
 import hashlib
 import re
 import time
-from dataclasses import replace
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import TRAITS, load_records, split
+from data import TRAITS, Example, load_records, split
 from experiments.common import activations, fit_logistic
 from experiments.statistics import mean_interval, print_rows
 from losses import cosine
@@ -67,20 +66,20 @@ class CachedRouter(Router):
         return self.features[tokens[:, 0]]
 
 
-def read_features(model, folder, examples):
-    """What the router's frozen encoder, from `folder`, makes of each query -> (n, d).
+def read_features(model, folder, queries):
+    """What the router's frozen encoder, from `folder`, makes of queries (token ids) -> (n, d).
 
     Computed once and kept in a file, whose name holds a digest of all that decides it.
     """
     router = model.router
     what = [model_sha256(folder), len(router.encoder.layers), str(router.encoder.dtype),
-            router.pooling, *(example.query.tolist() for example in examples)]
+            router.pooling, queries]
     digest = hashlib.sha256(str(what).encode()).hexdigest()
     path = cached(f"features-{digest[:16]}.safetensors")
     if not path.exists():
         with torch.no_grad():
             # no map yet: it is trained on what the encoder says
-            features = model.embed([example.query for example in examples], read=router.pool)
+            features = model.embed(queries, read=router.pool)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as tmp:
             save_file({"features": features}, tmp)
@@ -131,10 +130,12 @@ def main():
     # no answer is written, so any base does
     settings = vars(args) | {"base_folder": folder, "encoder_folder": folder, "names": TRAITS}
     model = build(settings, CPU, args.dtype)
-    examples = model.examples(records, args.max_length)
+    queries = model.encode_queries([record["query"] for record in records])
     if not args.train_encoder:
-        features = read_features(model, folder, examples)
-        examples = [replace(example, query=[i]) for i, example in enumerate(examples)]
+        features = read_features(model, folder, queries)
+        queries = [[i] for i in range(len(queries))]
+    # stage 2 reads no answers
+    examples = [Example([], [], query, record["p"]) for query, record in zip(queries, records)]
     p = activations(records)                                                # (n, E)
     fold = np.array([fold_of(record, args.folds) for record in records])
 
