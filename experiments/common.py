@@ -114,8 +114,8 @@ def oracle_weights(p, device):
 def measure_rows(args, held, routes, measure):
     """The rows of a table of all runs -> {name: measure(model, settings, w, name)}.
 
-    The bare base, then each run as it was trained, and, if it has experts to mix, by `routes`, of
-    which "oracle" is p/|p|; among them "cot" asks for the bare base behind the Persona-CoT prompt.
+    The bare base, also behind the Persona-CoT prompt (the row COT), then each run as it was
+    trained, and, if it has experts to mix, by `routes` and by the oracle p/|p|.
     """
     rows = {}
     for run in args.run:
@@ -128,20 +128,14 @@ def measure_run(run, args, held, routes, measure, with_base):
     model, settings = load_run(run, args.device, args.dtype)
     queries = [record["query"] for record in held]
     name = Path(run).name
-    weights = {}
-    if with_base:
-        weights["bare base"] = None
-        if "cot" in routes:
-            weights[COT] = None
+    weights = {"bare base": None, COT: None} if with_base else {}
     if model.router or model.experts == 1:
         weights[name] = model.mixing_weights(queries)
     if model.experts > 1:
         for route in routes:
-            if route == "oracle":
-                weights[f"{name}, oracle"] = oracle_weights(activations(held), model.device)
-            elif route != "cot":
-                w = model.mixing_weights(queries, route, seed=args.seed)
-                weights[f"{name}, {route}"] = w
+            w = model.mixing_weights(queries, route, seed=args.seed)
+            weights[f"{name}, {route}"] = w
+        weights[f"{name}, oracle"] = oracle_weights(activations(held), model.device)
     return {row: measure(model, settings, w, row) for row, w in weights.items()}
 
 

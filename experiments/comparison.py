@@ -18,7 +18,7 @@ from personafuse import read_settings
 from router import average_precision
 
 ANSWERS = ("response", "naive_response")
-ROUTES = ("cot", "random1", "random2", "random5", "uniform", "oracle")
+ROUTES = ("random1", "random2", "random5", "uniform")
 COMPARISON = """
 Held-out records; in brackets 95% intervals, by bootstrap over the records. Losses are per token, of
 the Persona-CoT responses and, last, of plain answers: what is worse there than the bare base has

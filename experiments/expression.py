@@ -35,7 +35,7 @@ MIN_TEXTS = 5
 # cross-validation inside our training split
 PENALTY = 0.03
 ANSWERS = ("response", "naive_response")
-ROUTES = ("cot", "uniform", "random1", "random2", "oracle")
+ROUTES = ("uniform", "random1", "random2")
 # a list of English words, one a line, where there is one; the records' own words count besides
 DICTIONARY = Path("/usr/share/dict/words")
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import TRAITS, Example, load_records, split
+from data import TRAITS, Example, by_hash, load_records, split
 from experiments.common import activations, fit_logistic
 from experiments.statistics import mean_interval, print_rows
 from losses import cosine
@@ -38,8 +38,7 @@ PENALTY = 2.5
 
 def fold_of(record, folds):
     """The fold that a record is tested in; its query decides, as it does for the held-out split."""
-    digest = hashlib.sha256(("fold " + record["query"]).encode()).hexdigest()
-    return int(digest, 16) % folds
+    return by_hash({"query": "fold " + record["query"]}) % folds
 
 
 # -------------------------------------------------------------------------------------- the router
