@@ -75,14 +75,20 @@ def ask_model(model, texts, args, max_new_tokens, queries=None):
 
 # ----------------------------------------------------------------------------------------- options
 
-def add_answering(parser, max_new_tokens):
-    """Options that say how answers are drawn, by default as the run's own are, and on what."""
+def add_sampling(parser):
+    """Options that say how answers are drawn; what is not given is the run's own."""
     add = parser.add_argument
-    add("--max-new-tokens", type=number(int, 1), default=max_new_tokens)
     add("--temperature", type=number(float, 0), help="0 takes the likeliest token")
     add("--top-p", type=number(float, 0, above=True, high=1))
     add("--repetition-penalty", type=number(float, 0, above=True))
     add("--seed", type=int, default=0)
+
+
+def add_answering(parser, max_new_tokens):
+    """These, and how long answers may be, and what computes them."""
+    add_sampling(parser)
+    add = parser.add_argument
+    add("--max-new-tokens", type=number(int, 1), default=max_new_tokens)
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", *DTYPES])
 

@@ -21,6 +21,7 @@
 """
 
 import argparse
+import json
 
 from experiments.answers import add_answering
 from experiments.benchmarks import BENCHMARKS, TASKS, benchmarks
@@ -75,6 +76,7 @@ def parse_arguments():
         help="for --routing (default: the run's, its half and its double)")
     add("--judge", metavar="URL", help="OpenAI-compatible (its key: OPENAI_API_KEY)")
     add("--judge-model", metavar="NAME")
+    add("--json", action="store_true", help="the tables, and with --expression the answers")
     add_answering(parser, max_new_tokens=400)
     return parser.parse_args()
 
@@ -102,7 +104,11 @@ def measure(args):
 
 
 def main():
-    tables, meaning = measure(parse_arguments())
+    args = parse_arguments()
+    tables, meaning = measure(args)
+    if args.json:
+        print(json.dumps(tables, indent=1, ensure_ascii=False))
+        return
     print(meaning.strip())
     for title, rows in tables.items():
         print(f"\n{title}")

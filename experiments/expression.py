@@ -169,4 +169,7 @@ def expression(args):
             # on the same records for both: a paired interval
             row["difference"] = mean_interval(of - precisions[one_lora])
         rows.append(row | how_they_read(written.get(name, []), known))
-    return {"expression": rows, "how it was drawn": [{"records": len(held), **options}]}
+    tables = {"expression": rows, "how it was drawn": [{"records": len(held), **options}]}
+    if args.json:
+        tables["answers"] = written
+    return tables
