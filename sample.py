@@ -19,6 +19,9 @@ from plumbing.files import (UserError, check_text, number, read_json, run_progra
 from plumbing.models import find_model, model_table
 from router import ROUTES
 
+# where neither run nor base says it: what suits a small model that can speak
+SAMPLING = {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1}
+
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, epilog=model_table(),
@@ -104,8 +107,7 @@ def newest_run():
 def load_model(args):
     """What --run and --base name -> the model; args gets the sampling that belongs to it."""
     device = pick_device(args.device, args.base)
-    # without a run, what suits a small model that can speak
-    settings = {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1}
+    settings = dict(SAMPLING)
     if args.route == "none" and args.base and not args.run:
         folder = find_model(args.base)
         llama = load_llama(folder, device, args.dtype)
@@ -116,7 +118,7 @@ def load_model(args):
     else:
         model, run = load_run(args.run or newest_run(), device, args.dtype, args.base)
         settings |= run
-    for name in ("temperature", "top_p", "repetition_penalty"):
+    for name in SAMPLING:
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
     if model.tokenizer.format_note:
