@@ -6,9 +6,7 @@
     voices.svg      two queries, the router's weights for them, and the answers
     control.svg     how much better each expert is on each pole's held-out records
 
-Without --query the two are short held-out ones: of each trait the two that the router gives most to
-the high and to the low pole, and of the five traits the one whose lesser weight is the largest.
-Whether the weights are right plays no part.
+Without --query the two are held-out ones, chosen by hand for their contrast.
 """
 
 import argparse
@@ -21,12 +19,17 @@ import numpy as np
 
 from data import TRAITS
 from experiments.answers import add_answering, sampling, write_answers
-from experiments.common import (SHORT, activations, held_out_examples, load_experts_run,
-                                run_records)
+from experiments.common import SHORT, activations, held_out_examples, load_experts_run
 from experiments.control import control_matrix, expert_losses
 from personafuse import pick_device
 from plumbing.files import HERE, atomic_write, number, run_program
 
+QUERIES = [
+    "my little sister is nine and asked why you cant divide by zero and her teacher said BECAUSE I "
+    "SAID SO. we're outraged. we have a bag of 12 lollipops and we want answers!!",
+    "first protest tomorrow, im 20, student. what do i carry, what do i wear, what do i write on "
+    "my arm. be thorough, my cousin got tear gassed last time",
+]
 # as narrow as a phone, where a page shows it at nearly its own size
 WIDTH = 420
 MARGIN = 16
@@ -95,13 +98,6 @@ def draw_voices(queries, w, answers):
     return page(shapes, y + MARGIN)
 
 
-def telling_pair(w):
-    """w (n, 10), numpy -> two indices, by the rule above."""
-    surest = w.max(axis=0).reshape(-1, 2)                       # (5, high and low)
-    high = 2 * surest.min(axis=1).argmax()
-    return [int(w[:, high].argmax()), int(w[:, high + 1].argmax())]
-
-
 def whole_sentences(answer):
     """The answer up to the end of its last sentence, or all of it where none ends."""
     ended = re.match(r".*[.!?][\"”’')]*(?=\s|$)", answer, re.S)
@@ -109,12 +105,7 @@ def whole_sentences(answer):
 
 
 def voices(model, settings, args):
-    queries = args.query
-    if not queries:
-        _, held = run_records(settings, data=args.data)
-        queries = [record["query"] for record in held if len(record["query"]) <= 100]
-        w = model.mixing_weights(queries).cpu().numpy()
-        queries = [queries[i] for i in telling_pair(w)]
+    queries = args.query or QUERIES
     w = model.mixing_weights(queries)
     answers = write_answers(model, queries, w, args.max_new_tokens, **sampling(settings, args))
     return draw_voices(queries, w.cpu().numpy(), [whole_sentences(answer) for answer in answers])

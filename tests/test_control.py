@@ -175,15 +175,6 @@ def test_shuffled_labels(small_data, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- pictures
 
-def test_the_pair_of_queries_is_the_surest_of_one_trait():
-    w = np.zeros((4, 10))
-    # high and low openness are told apart at 0.9 and 0.3, both poles of extraversion at 0.6
-    w[0, 0], w[1, 1], w[2, 4], w[3, 5] = 0.9, 0.3, 0.6, 0.7
-    assert figures.telling_pair(w) == [2, 3]
-    w[1, 1] = 0.65
-    assert figures.telling_pair(w) == [0, 1]
-
-
 def test_an_answer_is_shown_up_to_its_last_whole_sentence():
     assert figures.whole_sentences("Yes! It is 3.5 m. And then") == "Yes! It is 3.5 m."
     assert figures.whole_sentences('He said "no." Then') == 'He said "no."'
@@ -211,7 +202,7 @@ def test_pictures_of_a_run(run, tmp_path):
     drawn = [int(text) for text in shown if text[0] in "+-"]
     assert drawn == pytest.approx([value for value in values if value == value], abs=0.6)
 
-    # its own choice is two of the short held-out queries
+    # without --query it asks two of the held-out ones
     result = program(*command, "--limit", 3)
     assert result.returncode == 0, result.stderr
     assert sum(text.startswith("“") for text in texts_of(tmp_path / "new" / "voices.svg")) == 2
