@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from experiments.answers import ask_model
 from experiments.sources import read_file
@@ -36,6 +38,8 @@ class Question(NamedTuple):
     chance: float           # what guessing scores, from 0 to 1
     group: str = ""         # a row of the table that it counts for too: "EA"
     query: str = ""         # what the router reads, if not the prompt
+    form: str = ""          # how an answer must look, with ? for a letter
+    options: tuple = ()     # how many letters there are for each ?
 
 
 class Benchmark(NamedTuple):
@@ -96,7 +100,8 @@ def application(row):
             "Give one answer and nothing else, by its letter, as JSON: "
             '{"answer": "<letter>"}')
     right = {"answer": LETTERS[choices.index(row["label"])]}
-    return Question([text], right, 1 / len(choices), "EA")
+    return Question([text], right, 1 / len(choices), "EA", form='{"answer": "?"}',
+                    options=(len(choices),))
 
 
 def understanding(row):
@@ -109,7 +114,9 @@ def understanding(row):
             '{"answer_q1": "<letter>", "answer_q2": "<letter>"}')
     right = {"answer_q1": LETTERS[emotions.index(row["emotion_label"])],
              "answer_q2": LETTERS[causes.index(row["cause_label"])]}
-    return Question([text], right, 1 / len(emotions) / len(causes), "EU")
+    return Question([text], right, 1 / len(emotions) / len(causes), "EU",
+                    form='{"answer_q1": "?", "answer_q2": "?"}',
+                    options=(len(emotions), len(causes)))
 
 
 def score_emobench(question, answers):
@@ -153,7 +160,8 @@ def tombench_question(name, task, row):
                        "Choose the likeliest answer, even where the story leaves it open, and "
                        "write nothing but its letter in double square brackets, as in [[A]].")
     right = (orders, row["答案\nANSWER"].strip()[0])
-    return Question(prompts, right, 1 / len(options), task)
+    return Question(prompts, right, 1 / len(options), task, form="[[?]]",
+                    options=(len(options),))
 
 
 def score_tombench(question, answers):
@@ -247,8 +255,30 @@ def ask_questions(model, questions, args, max_new_tokens):
     for question in questions:
         prompts += question.prompts
         queries += [question.query or prompt for prompt in question.prompts]
-    answers = iter(ask_model(model, prompts, args, max_new_tokens, queries))
+    if args.guided and questions[0].form:
+        w = model.mixing_weights(queries, args.route, seed=args.seed)
+        forms = [question for question in questions for _ in question.prompts]
+        prompts = model.encode_prompts(prompts, max_new_tokens)
+        answers = [fill_form(model, prompt, question, None if w is None else w[[i]])
+                   for i, (prompt, question) in enumerate(zip(tqdm(prompts, leave=False), forms))]
+    else:
+        answers = ask_model(model, prompts, args, max_new_tokens, queries)
+    answers = iter(answers)
     return [[next(answers) for _ in question.prompts] for question in questions]
+
+
+@torch.no_grad()
+def fill_form(model, prompt, question, w):
+    """An answer in the question's form to a prompt (token ids), with the likeliest letters."""
+    answer, *parts = question.form.split("?")
+    for part, n in zip(parts, question.options):
+        tokenizer = model.tokenizer
+        ids = prompt + tokenizer.fill([tokenizer.answer], answer=answer)
+        hidden = model.base(torch.tensor([ids], device=model.device), w)        # (1, T, d)
+        logits = model.base.logits(hidden[:, -1])[0]                            # (V,)
+        letters = [tokenizer.encode(letter)[-1] for letter in LETTERS[:n]]
+        answer += LETTERS[int(logits[letters].argmax())] + part
+    return answer
 
 
 def score_questions(name, questions, answers):

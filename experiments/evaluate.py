@@ -74,6 +74,8 @@ def parse_arguments():
         help="for --tasks; cot: the bare base answers through the Persona-CoT prompt")
     add("--taus", nargs="+", type=number(float, 0, above=True), metavar="TAU",
         help="for --routing (default: the run's, its half and its double)")
+    add("--guided", action="store_true",
+        help="for --tasks with choices: the form of an answer is given, and its likeliest letter")
     add("--text", metavar="FILE", help="English for --forgetting, one text a line")
     add("--json", action="store_true", help="the tables, and with --expression the answers")
     add_answering(parser, max_new_tokens=400)

@@ -1,12 +1,16 @@
 """Benchmarks by their authors' rules and against EleutherAI's harness."""
 
 import json
+import re
+from argparse import Namespace
 
 import pytest
+import torch
 from conftest import evaluated, fails_in_one_line, program
 
 from experiments import benchmarks
 from experiments.benchmarks import TASKS, Question, read_questions
+from personafuse import load_run
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -141,6 +145,30 @@ def test_gsm8k_is_asked_without_examples_where_their_file_is_missing(files, tmp_
     assert len(said) == 1 and "train.jsonl" in said[0]
 
 
+def test_guided_answers_have_the_likeliest_letters(run):
+    """Letter by letter, each against a forward pass over what stands before it."""
+    model, _ = load_run(run, torch.device("cpu"), torch.float32)
+    form = '{"answer_q1": "?", "answer_q2": "?"}'
+    question = Question(["Why?"], None, 0, form=form, options=(3, 4))
+    w = torch.full((1, 10), 0.1)
+    prompt = model.tokenizer.encode_prompt("Why?")
+    answer = benchmarks.fill_form(model, prompt, question, w)
+    assert re.fullmatch(r'\{"answer_q1": "[A-C]", "answer_q2": "[A-D]"\}', answer)
+    for key, letters in (("q1", "ABC"), ("q2", "ABCD")):
+        before, said = re.match(rf'(.*"answer_{key}": ")(.)', answer).groups()
+        ids = prompt + model.tokenizer.encode_answer(before)[:-1]
+        logits = model.base.logits(model.base(torch.tensor([ids]), w)[0, -1])
+        scores = {letter: logits[model.tokenizer.encode(letter)[-1]].item() for letter in letters}
+        assert said == max(scores, key=scores.get)
+
+
+def test_guided_benchmarks_have_nothing_unusable(run, files):
+    tables = evaluated("--run", run, "--tasks", "emobench,tombench,gsm8k", "--data", files,
+                       "--limit", 3, "--guided")
+    unusable = {row["name"]: row["unusable"] for row in tables[run.name]}
+    assert unusable["emobench"] == unusable["tombench"] == 0
+
+
 def test_every_benchmark_runs(run, files):
     tables = evaluated("--run", run, "--tasks", ",".join(TASKS), "--data", files, "--limit", 2)
     assert set(tables) == {run.name}
@@ -176,7 +204,7 @@ def test_router_reads_the_question_without_the_worked_examples(monkeypatch):
     monkeypatch.setattr(benchmarks, "ask_model", ask_model)
     questions = [Question(["an example\n\nWhy?"], "", 0, query="Why?"),
                  Question(["one order", "another"], "", 0)]
-    answers = benchmarks.ask_questions(None, questions, None, 9)
+    answers = benchmarks.ask_questions(None, questions, Namespace(guided=False), 9)
     assert asked == [("an example\n\nWhy?", "Why?"), ("one order", "one order"),
                      ("another", "another")]
     assert answers == [["answer to an example\n\nWhy?"],
