@@ -625,7 +625,7 @@ def read_tensors(folder, wanted, device, dtype):
     names = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.exists() and not (folder / names[0]).exists():
-        names = sorted(set(read_json(index, "").get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
     tensors = {}
     for path in (folder / name for name in names):
         if not path.exists():

@@ -19,6 +19,9 @@ from plumbing.files import (UserError, check_text, number, read_json, run_progra
 from plumbing.models import find_model, model_table
 from router import ROUTES
 
+# where neither run nor base says it: what suits a small model that can speak
+SAMPLING = {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1}
+# of each word, in a profile
 MOST_REMARKS = 99
 
 
@@ -86,12 +89,12 @@ def load_profile(path):
     pole: how often they asked for more of it, less how often for less.
     """
     remarks = [0] * len(TRAITS)
-    if path and Path(path).exists():
-        for word, count in read_json(path, "").items():
-            if word not in WORDS or type(count) is not int or abs(count) > MOST_REMARKS:
-                raise UserError(f"{path}: {word!r}: {count!r} is no remark; it has whole numbers "
-                                f"for {', '.join(WORDS)}")
-            remarks[WORDS.index(word)] = count
+    saved = read_json(path) if path else {}
+    for word, count in saved.items():
+        if word not in WORDS or type(count) is not int or abs(count) > MOST_REMARKS:
+            raise UserError(f"{path}: {word!r}: {count!r} is no remark; it has whole numbers for "
+                            f"{', '.join(WORDS)}")
+        remarks[WORDS.index(word)] = count
     return remarks
 
 
@@ -106,8 +109,7 @@ def newest_run():
 def load_model(args):
     """What --run and --base name -> the model; args gets the sampling that belongs to it."""
     device = pick_device(args.device, args.base)
-    # without a run, what suits a small model that can speak
-    settings = {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1}
+    settings = dict(SAMPLING)
     if args.route == "none" and args.base and not args.run:
         folder = find_model(args.base)
         llama = load_llama(folder, device, args.dtype)
@@ -120,7 +122,7 @@ def load_model(args):
         settings |= run
     if args.profile and model.experts == 1:
         raise UserError("--profile shifts the router's weights: a single LoRA has none")
-    for name in ("temperature", "top_p", "repetition_penalty"):
+    for name in SAMPLING:
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
     if model.tokenizer.format_note:

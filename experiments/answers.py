@@ -19,12 +19,15 @@ from experiments.batched import generate_batch
 from experiments.common import run_records
 from experiments.generate import read_queries
 from experiments.persona_cot import PERSONA_COT, parse_answer
-from personafuse import load_run, pick_device
+from personafuse import DTYPES, load_run, pick_device
 from plumbing.files import number, run_program
 from router import ROUTES
+from sample import SAMPLING
 
 # the steps of Persona-CoT come before the response, and need room of their own
 COT_TOKENS = 300
+
+
 def cot_prompt(text):
     """Persona-CoT (Table 9 of the paper) around a query."""
     return PERSONA_COT.replace("{query}", text)
@@ -66,7 +69,7 @@ def ask_model(model, texts, args, max_new_tokens, queries=None):
     # with cot it is the bare base that is prompted
     cot = args.route == "cot"
     route = "none" if cot else args.route
-    w = model.mixing_weights(queries or texts, route, args.top_k, args.seed)
+    w = model.mixing_weights(queries or texts, route, seed=args.seed)
     return write_answers(model, texts, w, max_new_tokens, cot)
 
 
@@ -81,13 +84,22 @@ def add_sampling(parser):
     add("--seed", type=int, default=0)
 
 
+def add_answering(parser, max_new_tokens):
+    """These, and how long answers may be, and what computes them."""
+    add_sampling(parser)
+    add = parser.add_argument
+    add("--max-new-tokens", type=number(int, 1), default=max_new_tokens)
+    add("--device", default="auto")
+    add("--dtype", default="auto", choices=["auto", *DTYPES])
+
+
 def sampling(settings, args):
     """The options of generate_batch: as given, as the run was made for, or as sample.py has it."""
-    options = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.0}
-    for name, default in options.items():
+    options = {"seed": args.seed}
+    for name, default in SAMPLING.items():
         given = getattr(args, name)
         options[name] = settings.get(name, default) if given is None else given
-    return options | {"seed": args.seed}
+    return options
 
 
 def main():
@@ -98,10 +110,7 @@ def main():
     add("--run", required=True, metavar="DIR")
     add("--route", default="learned", choices=ROUTES)
     add("--traits", metavar="WEIGHTS", help='by hand: "high agreeableness=0.7, ..."')
-    add("--max-new-tokens", type=number(int, 1), default=200)
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-    add_sampling(parser)
+    add_answering(parser, max_new_tokens=200)
     args = parser.parse_args()
     queries = read_queries(args.file) if args.file else None
     model, settings = load_run(args.run, pick_device(args.device), args.dtype)

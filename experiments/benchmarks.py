@@ -1,4 +1,4 @@
-"""Four of the paper's benchmarks in one table: a row for each score, a column for each run.
+"""Four of the paper's benchmarks: a table for each run, a row for each score.
 
 A benchmark's own files are read from --data DIR, or from DIR/NAME. Prompts are worded by us, in the
 authors' form; answers are read and scored by their rules, unusable ones included.
@@ -8,10 +8,13 @@ import json
 import math
 import random
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from experiments.answers import ask_model
 from experiments.sources import read_file
@@ -33,8 +36,10 @@ class Question(NamedTuple):
     prompts: list           # the ways in which it is asked
     right: object           # what the benchmark's scoring needs to know
     chance: float           # what guessing scores, from 0 to 1
-    groups: list            # rows of the table that it counts for too: "part: EA"
+    group: str = ""         # a row of the table that it counts for too: "EA"
     query: str = ""         # what the router reads, if not the prompt
+    form: str = ""          # how an answer must look, with ? for a letter
+    options: tuple = ()     # how many letters there are for each ?
 
 
 class Benchmark(NamedTuple):
@@ -95,7 +100,8 @@ def application(row):
             "Give one answer and nothing else, by its letter, as JSON: "
             '{"answer": "<letter>"}')
     right = {"answer": LETTERS[choices.index(row["label"])]}
-    return Question([text], right, 1 / len(choices), ["part: EA", f"EA: {row['category']}"])
+    return Question([text], right, 1 / len(choices), "EA", form='{"answer": "?"}',
+                    options=(len(choices),))
 
 
 def understanding(row):
@@ -108,8 +114,9 @@ def understanding(row):
             '{"answer_q1": "<letter>", "answer_q2": "<letter>"}')
     right = {"answer_q1": LETTERS[emotions.index(row["emotion_label"])],
              "answer_q2": LETTERS[causes.index(row["cause_label"])]}
-    groups = ["part: EU", f"EU: {row['coarse_category']}"]
-    return Question([text], right, 1 / len(emotions) / len(causes), groups)
+    return Question([text], right, 1 / len(emotions) / len(causes), "EU",
+                    form='{"answer_q1": "?", "answer_q2": "?"}',
+                    options=(len(emotions), len(causes)))
 
 
 def score_emobench(question, answers):
@@ -132,7 +139,7 @@ def read_tombench(folder):
     questions = []
     for path in sorted(folder.glob("*.jsonl")):
         for number, row in enumerate(read_file(path)):
-            if "能力\nABILITY" in row:
+            if "STORY" in row:
                 questions.append(tombench_question(f"{path.stem} {number}", path.stem, row))
     return questions
 
@@ -152,10 +159,9 @@ def tombench_question(name, task, row):
                        f"{lettered(options[letter] for letter in order)}\n\n"
                        "Choose the likeliest answer, even where the story leaves it open, and "
                        "write nothing but its letter in double square brackets, as in [[A]].")
-    ability = " ".join(row["能力\nABILITY"].replace("Non-literal", "Non-Literal").split())
     right = (orders, row["答案\nANSWER"].strip()[0])
-    groups = [f"task: {task}", f"ability: {ability}"]
-    return Question(prompts, right, 1 / len(options), groups)
+    return Question(prompts, right, 1 / len(options), task, form="[[?]]",
+                    options=(len(options),))
 
 
 def score_tombench(question, answers):
@@ -181,7 +187,7 @@ def read_eq_bench(folder):
         right = {reference[f"emotion{k}"]: float(reference[f"emotion{k}_score"])
                  for k in range(1, 5)}
         # its scale is made so that random answers score 0
-        questions.append(Question([row["prompt"]], right, 0, []))
+        questions.append(Question([row["prompt"]], right, 0))
     return questions
 
 
@@ -200,14 +206,17 @@ def score_eq_bench(question, answers):
 
 
 def read_gsm8k(folder):
-    """Each problem of the test, behind five worked examples."""
-    examples = list(read_file(folder / "train.jsonl"))[:5]
+    """Each problem of the test, behind five worked examples where their file is there."""
+    path = folder / "train.jsonl"
+    examples = list(read_file(path))[:5] if path.exists() else []
+    if not examples:
+        print(f"note: gsm8k is asked without worked examples: there is no {path}", file=sys.stderr)
     shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in examples)
     questions = []
     for row in read_file(folder / "test.jsonl"):
         prompt = f"{shots}Question: {row['question']}\nAnswer:"
         right = row["answer"].rpartition("####")[2].strip()
-        questions.append(Question([prompt], right, 0, [], row["question"]))
+        questions.append(Question([prompt], right, 0, query=row["question"]))
     return questions
 
 
@@ -233,7 +242,7 @@ TASKS = {
     "gsm8k": Benchmark(
         read_gsm8k, score_gsm8k, 256,
         "https://github.com/openai/grade-school-math, folder grade_school_math/data",
-        ["test.jsonl", "train.jsonl"]),
+        ["test.jsonl"]),
 }
 
 
@@ -246,42 +255,62 @@ def ask_questions(model, questions, args, max_new_tokens):
     for question in questions:
         prompts += question.prompts
         queries += [question.query or prompt for prompt in question.prompts]
-    answers = iter(ask_model(model, prompts, args, max_new_tokens, queries))
+    if args.guided and questions[0].form:
+        w = model.mixing_weights(queries, args.route, seed=args.seed)
+        forms = [question for question in questions for _ in question.prompts]
+        prompts = model.encode_prompts(prompts, max_new_tokens)
+        answers = [fill_form(model, prompt, question, None if w is None else w[[i]])
+                   for i, (prompt, question) in enumerate(zip(tqdm(prompts, leave=False), forms))]
+    else:
+        answers = ask_model(model, prompts, args, max_new_tokens, queries)
+    answers = iter(answers)
     return [[next(answers) for _ in question.prompts] for question in questions]
+
+
+@torch.no_grad()
+def fill_form(model, prompt, question, w):
+    """An answer in the question's form to a prompt (token ids), with the likeliest letters."""
+    answer, *parts = question.form.split("?")
+    for part, n in zip(parts, question.options):
+        tokenizer = model.tokenizer
+        ids = prompt + tokenizer.fill([tokenizer.answer], answer=answer)
+        hidden = model.base(torch.tensor([ids], device=model.device), w)        # (1, T, d)
+        logits = model.base.logits(hidden[:, -1])[0]                            # (V,)
+        letters = [tokenizer.encode(letter)[-1] for letter in LETTERS[:n]]
+        answer += LETTERS[int(logits[letters].argmax())] + part
+    return answer
 
 
 def score_questions(name, questions, answers):
     """Rows of the table: all questions of a benchmark, then each group of them."""
-    points = [TASKS[name].score(*pair) for pair in zip(questions, answers)]
-    members = {name: range(len(questions))}
-    for i, question in enumerate(questions):
-        for group in question.groups:
-            members.setdefault(f"{name}: {group}", []).append(i)
+    score = TASKS[name].score
+    groups = {name: []}
+    for question, texts in zip(questions, answers):
+        scored = (score(question, texts), question.chance)
+        groups[name].append(scored)
+        if question.group:
+            groups.setdefault(f"{name}, {question.group}", []).append(scored)
     rows = []
-    for row, some in sorted(members.items()):
+    for row, scored in sorted(groups.items()):
+        points, chances = zip(*scored)
         # what cannot be used counts as wrong
-        scores = np.array([100 * (points[i] or 0) for i in some])
-        rows.append({
-            "name": row,
-            "n": len(some),
-            "chance": 100 * np.mean([questions[i].chance for i in some]).item(),
-            "score": mean_interval(scores),
-            "unusable": [points[i] for i in some].count(None),
-        })
+        scores = np.array([100 * (point or 0) for point in points])
+        rows.append({"name": row, "n": len(points), "chance": 100 * float(np.mean(chances)),
+                     "score": mean_interval(scores), "unusable": points.count(None)})
     return rows
 
 
 # --------------------------------------------------------------------------------- runs in a table
 
 def benchmarks(args):
-    """Every run of --run on every benchmark of --tasks -> {"": rows of a table}."""
+    """Every run of --run on every benchmark of --tasks -> {run: rows of a table}."""
     names = args.tasks.split(",")
     for name in names:
         if name not in TASKS:
             raise UserError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     # read all files before any model: what is missing is said at once
     asked = {name: read_questions(name, args.data)[:args.limit] for name in names}
-    table = {}
+    tables = {}
     for run in args.run:
         model = None                            # two large ones need not fit at once
         model, _ = load_run(run, args.device, args.dtype)
@@ -292,8 +321,5 @@ def benchmarks(args):
         for name, questions in asked.items():
             answers = ask_questions(model, questions, args, TASKS[name].max_new_tokens)
             rows += score_questions(name, questions, answers)
-        # a row of each score, and in it two columns of each run
-        for row in rows:
-            scores = {label: row.pop("score"), f"{label}: unusable": row.pop("unusable")}
-            table[row["name"]] = table.get(row["name"], row) | scores
-    return {"": list(table.values())}
+        tables[label] = rows
+    return tables

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from data import TRAITS, by_hash, load_records, split
 from plumbing.chat import ChatTokenizer
-from experiments.statistics import bootstrap
 from personafuse import OVERFLOW, Config, like_lengths, load_run, response_batch
 from plumbing.files import HERE, UserError, file_sha256
 
@@ -40,45 +39,6 @@ def run_records(settings, answers=("response",), data=None, limit=None):
     if limit:
         held = sorted(held, key=by_hash)[:limit]
     return training, held
-
-
-@torch.no_grad()
-def response_nll(model, examples, w=None, rows=16):
-    """Eq. 8 example by example, w (n, E), or None for the bare base -> summed negative
-    log-likelihoods (n,) and numbers of response tokens (n,).
-    """
-    nll = torch.zeros(len(examples), device=model.device)
-    counts = torch.tensor([len(example.answer) for example in examples], device=model.device)
-    for part in like_lengths([example.length for example in examples], rows):
-        tokens, targets = response_batch([examples[i] for i in part], model.device)
-        hidden = model.base(tokens, None if w is None else w[part])             # (B, T, d)
-        response = targets >= 0                                                 # (B, T)
-        targets = targets[response]                                             # (N,)
-        # the example that each of the N response tokens belongs to
-        owner = torch.tensor(part, device=model.device)[response.nonzero()[:, 0]]
-        for some, logits in model.base.logits_in_parts(hidden[response]):       # (n, V)
-            losses = F.cross_entropy(logits.float(), targets[some], reduction="none")
-            nll.index_add_(0, owner[some], losses)
-    if not nll.isfinite().all():
-        raise UserError(OVERFLOW)
-    return nll, counts
-
-
-def pole_auc(w, p):
-    """ROC AUC of each expert's weight as a detector of its pole. w, p (B, E) -> (E,).
-
-    The share of (activated, not activated) pairs of queries in which the activated one has the
-    larger weight; NaN where all p are equal.
-    """
-    auc = np.full(p.shape[1], np.nan)
-    for i in range(p.shape[1]):
-        active = w[p[:, i] == 1, i]
-        inactive = w[p[:, i] == 0, i]
-        if len(active) and len(inactive):
-            wins = (active[:, None] > inactive).mean()
-            ties = (active[:, None] == inactive).mean()
-            auc[i] = wins + 0.5 * ties
-    return auc
 
 
 def find_data(settings):
@@ -121,12 +81,26 @@ def activations(records):
     return np.array([record["p"] for record in records])
 
 
-def response_losses(model, examples, w):
-    """Mixing weights w (n, E), or None for the bare base -> each response's summed loss and number
-    of tokens, both (n,), numpy.
+@torch.no_grad()
+def response_nll(model, examples, w=None, rows=16):
+    """Eq. 8 example by example, w (n, E), or None for the bare base -> summed negative
+    log-likelihoods (n,) and numbers of response tokens (n,), numpy.
     """
-    nll, counts = response_nll(model, examples, w)
-    return nll.double().cpu().numpy(), counts.double().cpu().numpy()
+    nll = torch.zeros(len(examples), device=model.device)
+    for part in like_lengths([example.length for example in examples], rows):
+        tokens, targets = response_batch([examples[i] for i in part], model.device)
+        hidden = model.base(tokens, None if w is None else w[part])             # (B, T, d)
+        response = targets >= 0                                                 # (B, T)
+        targets = targets[response]                                             # (N,)
+        # the example that each of the N response tokens belongs to
+        owner = torch.tensor(part, device=model.device)[response.nonzero()[:, 0]]
+        for some, logits in model.base.logits_in_parts(hidden[response]):       # (n, V)
+            losses = F.cross_entropy(logits.float(), targets[some], reduction="none")
+            nll.index_add_(0, owner[some], losses)
+    if not nll.isfinite().all():
+        raise UserError(OVERFLOW)
+    counts = np.array([len(example.answer) for example in examples])
+    return nll.double().cpu().numpy(), counts
 
 
 # ------------------------------------------------------------------------------------------ mixing
@@ -140,8 +114,8 @@ def oracle_weights(p, device):
 def measure_rows(args, held, routes, measure):
     """The rows of a table of all runs -> {name: measure(model, settings, w, name)}.
 
-    The bare base, then each run as it was trained, and, if it has experts to mix, by `routes`, of
-    which "oracle" is p/|p|; among them "cot" asks for the bare base behind the Persona-CoT prompt.
+    The bare base, also behind the Persona-CoT prompt (the row COT), then each run as it was
+    trained, and, if it has experts to mix, by `routes` and by the oracle p/|p|.
     """
     rows = {}
     for run in args.run:
@@ -154,20 +128,14 @@ def measure_run(run, args, held, routes, measure, with_base):
     model, settings = load_run(run, args.device, args.dtype)
     queries = [record["query"] for record in held]
     name = Path(run).name
-    weights = {}
-    if with_base:
-        weights["bare base"] = None
-        if "cot" in routes:
-            weights[COT] = None
+    weights = {"bare base": None, COT: None} if with_base else {}
     if model.router or model.experts == 1:
-        weights[name] = model.mixing_weights(queries, top_k=args.top_k)
+        weights[name] = model.mixing_weights(queries)
     if model.experts > 1:
         for route in routes:
-            if route == "oracle":
-                weights[f"{name}, oracle"] = oracle_weights(activations(held), model.device)
-            elif route != "cot":
-                w = model.mixing_weights(queries, route, seed=args.seed)
-                weights[f"{name}, {route}"] = w
+            w = model.mixing_weights(queries, route, seed=args.seed)
+            weights[f"{name}, {route}"] = w
+        weights[f"{name}, oracle"] = oracle_weights(activations(held), model.device)
     return {row: measure(model, settings, w, row) for row, w in weights.items()}
 
 
@@ -180,15 +148,6 @@ def break_ties(w, seed=0):
     # by weight, and among equal weights by the random number
     order = np.lexsort((at_random, w), axis=1)
     return order.argsort(axis=1)
-
-
-def auc_interval(scores, p):
-    """The mean AUC of the ten poles, by scores (n, E) for p (n, E), with its interval."""
-    def mean_auc(records):
-        return np.nanmean(pole_auc(scores[records], p[records]))
-
-    return bootstrap(mean_auc, len(p), draws=300)
-
 
 
 def fit_logistic(x, p, penalty):

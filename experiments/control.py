@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from data import TRAITS, held_out, load_records
-from experiments.common import SHORT, activations, held_out_examples, response_losses
+from experiments.common import SHORT, activations, held_out_examples, response_nll
 from experiments.statistics import bootstrap
 from plumbing.files import HERE, atomic_write, run_program
 
@@ -35,8 +35,18 @@ DIAL = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
 def losses_at(model, examples, w):
     """Mixing weights w (E,), the same for all -> each example's loss per token (n,), numpy."""
-    nll, counts = response_losses(model, examples, w.expand(len(examples), -1))
+    w = w.to(model.device).expand(len(examples), -1)
+    nll, counts = response_nll(model, examples, w)
     return nll / counts
+
+
+def mean_where(values, p, records):
+    """The mean of some records' values where their p is 1; NaN where none is.
+
+    values, p: (n, E), or (n,) for one pole; records: indices.
+    """
+    chosen = values[records][p[records] == 1]
+    return chosen.mean() if len(chosen) else np.nan
 
 
 # ------------------------------------------------------------------------------------------ control
@@ -61,8 +71,7 @@ def control(model, settings, args):
 
 def expert_losses(model, examples):
     """The loss per token of each example under each expert alone, w one-hot -> (n, E), numpy."""
-    one_hots = torch.eye(model.experts, device=model.device)
-    columns = [losses_at(model, examples, one_hot) for one_hot in one_hots]
+    columns = [losses_at(model, examples, one_hot) for one_hot in torch.eye(model.experts)]
     return np.stack(columns, axis=1)
 
 
@@ -95,34 +104,19 @@ def control_matrix(losses, p):
         return better.T @ p / p.sum(axis=0)
 
 
-def mean_where(values, p, records):
-    """The mean of some records' values where their p is 1; NaN where none is.
-
-    values, p: (n, E), or (n,) for one pole; records: indices.
-    """
-    chosen = values[records][p[records] == 1]
-    return chosen.mean() if len(chosen) else np.nan
-
-
 def measure_control(losses, p):
     """losses (n, E), p (n, E) -> the rows of the table, over all poles and by pole."""
     wins = 100 * pole_wins(losses)
     ranks = expert_ranks(losses)
-    rows = [accuracy_and_rank("all poles", wins, ranks, p)]
-    for i, pole in enumerate(TRAITS):
-        rows.append(accuracy_and_rank(pole, wins[:, i], ranks[:, i], p[:, i]))
+    columns = {"all poles": slice(None)} | {pole: i for i, pole in enumerate(TRAITS)}
+    rows = []
+    for name, poles in columns.items():
+        row = {"name": name, "pairs": int(p[:, poles].sum())}
+        for figure, values in (("pole accuracy, %", wins), ("rank", ranks)):
+            row[figure] = bootstrap(
+                lambda records: mean_where(values[:, poles], p[:, poles], records), len(p))
+        rows.append(row)
     return rows
-
-
-def accuracy_and_rank(name, wins, ranks, p):
-    """Over the (record, active pole) pairs, their number too. All (n, E), or (n,) for one pole."""
-    n = len(p)
-    return {
-        "name": name,
-        "pairs": int(p.sum()),
-        "pole accuracy, %": bootstrap(lambda records: mean_where(wins, p, records), n),
-        "rank": bootstrap(lambda records: mean_where(ranks, p, records), n),
-    }
 
 
 # ----------------------------------------------------------------------------------------- steering
@@ -139,7 +133,12 @@ def steering(model, settings, args):
     p = activations(records)
     rows = []
     for i, pole in enumerate(TRAITS):
-        losses = turn_dial(model, examples, i, p)
+        # the records of either pole; those of neither would cost time and tell nothing
+        both = np.flatnonzero(p[:, i] + p[:, OPPOSITE[i]])
+        chosen = [examples[k] for k in both]
+        losses = np.full((len(DIAL), len(p)), np.nan)
+        for step, value in enumerate(DIAL):
+            losses[step, both] = losses_at(model, chosen, dial_weights(i, value, model.experts))
         own, opposite, gain, rising = measure_dial(losses, p[:, i], p[:, OPPOSITE[i]])
         steps = [f"w = {value}" for value in DIAL]
         rows.append({"name": pole, "records": "own", **dict(zip(steps, own)),
@@ -148,28 +147,16 @@ def steering(model, settings, args):
     return {"steering": rows}
 
 
-def dial_weights(i, value, experts, device=None):
+def dial_weights(i, value, experts):
     """w (E,): `value` for expert i, what is left shared out equally among the others."""
-    w = torch.full((experts,), (1 - value) / (experts - 1), device=device)
+    w = torch.full((experts,), (1 - value) / (experts - 1))
     w[i] = value
     return w
 
 
-def turn_dial(model, examples, i, p):
-    """Losses (len(DIAL), n) as expert i's weight grows, of the records of its pole and of its
-    opposite's; NaN for the others.
-    """
-    both = np.flatnonzero(p[:, i] + p[:, OPPOSITE[i]])
-    chosen = [examples[k] for k in both]
-    losses = np.full((len(DIAL), len(p)), np.nan)
-    for step, value in enumerate(DIAL):
-        w = dial_weights(i, value, model.experts, model.device)
-        losses[step, both] = losses_at(model, chosen, w)
-    return losses
-
-
 def measure_dial(losses, own, opposite):
-    """What `turn_dial` found -> the mean losses of both groups at each step, gain and rising.
+    """Losses (len(DIAL), n) as an expert's weight grows -> the mean losses of both groups at each
+    step, gain and rising.
 
     own, opposite (n,): p of the pole and of its opposite. `gain` is how much the turn from 0 to 1
     lowers the loss of the pole's records more than that of the opposite's; `rising` in how many
@@ -189,10 +176,10 @@ def measure_dial(losses, own, opposite):
 
 # ---------------------------------------------------------------------------------------- the floor
 
-def shuffle_labels(records, seed):
+def shuffle_labels(records):
     """Records -> the same records, those of the training split with each other's labels."""
     training = [i for i, record in enumerate(records) if not held_out(record["query"])]
-    order = np.random.default_rng(seed).permutation(training)
+    order = np.random.default_rng(0).permutation(training)
     shuffled = list(records)
     for i, other in zip(training, order):
         labels = {}
@@ -209,10 +196,9 @@ def main():
     add = parser.add_argument
     add("out", metavar="FILE", help="where the shuffled records go")
     add("--data", default=str(HERE / "persona_cot.jsonl"), help="records (default: ours)")
-    add("--seed", type=int, default=0)
     args = parser.parse_args()
     lines = []
-    for record in shuffle_labels(load_records(args.data), args.seed):
+    for record in shuffle_labels(load_records(args.data)):
         # p follows from the traits: who reads the file makes it anew
         del record["p"]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")

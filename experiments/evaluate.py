@@ -23,14 +23,14 @@
 import argparse
 import json
 
-from data import TRAITS
-from experiments.answers import add_sampling
+from experiments.answers import add_answering
 from experiments.benchmarks import BENCHMARKS, TASKS, benchmarks
 from experiments.common import load_experts_run
-from experiments.comparison import COMPARISON, FORGETTING, comparison, forgetting
+from experiments.comparison import COMPARISON, comparison
 from experiments.control import CONTROL, STEERING, control, steering
 from experiments.expression import EXPRESSION, expression
 from experiments.feedback import FEEDBACK, feedback
+from experiments.forgetting import FORGETTING, forgetting
 from experiments.questionnaire import QUESTIONNAIRE, questionnaire
 from experiments.routing import ROUTING, routing
 from experiments.statistics import print_rows
@@ -62,28 +62,28 @@ def parse_arguments():
     add("--run", action="append", required=True, metavar="DIR",
         help="a folder that train.py wrote; may be given again")
     # what to measure: one of these, or the comparison
-    measure = parser.add_mutually_exclusive_group().add_argument
+    one_of = parser.add_mutually_exclusive_group().add_argument
     for name in (*OF_EACH_RUN, "expression", "forgetting"):
-        measure(f"--{name}", dest="measure", action="store_const", const=name)
-    measure("--tasks", help=", ".join(TASKS))
+        one_of(f"--{name}", dest="measure", action="store_const", const=name)
+    one_of("--tasks", help=", ".join(TASKS))
 
     add("--data", help="the records, where they are not found; for --tasks the benchmarks' folder")
     add("--limit", type=number(int, 1),
         help="only so many held-out records, or questions of a task")
-    add("--text", metavar="FILE", help="English for --forgetting, one text a line")
     add("--route", choices=[*ROUTES, "cot"], default="learned",
         help="for --tasks; cot: the bare base answers through the Persona-CoT prompt")
-    add("--top-k", type=number(int, 1, high=len(TRAITS)), help="only the k largest weights")
-    add("--max-new-tokens", type=number(int, 1), default=400)
-    add("--json", action="store_true")
-    add("--device", default="auto")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    add_sampling(parser)
+    add("--taus", nargs="+", type=number(float, 0, above=True), metavar="TAU",
+        help="for --routing (default: the run's, its half and its double)")
+    add("--guided", action="store_true",
+        help="for --tasks with choices: the form of an answer is given, and its likeliest letter")
+    add("--text", metavar="FILE", help="English for --forgetting, one text a line")
+    add("--json", action="store_true", help="the tables, and with --expression the answers")
+    add_answering(parser, max_new_tokens=400)
     return parser.parse_args()
 
 
-def main():
-    args = parse_arguments()
+def measure(args):
+    """What the options ask for -> {title: rows of a table}, and what the tables say."""
     # all runs, before anything is loaded
     first = read_settings(args.run[0])
     for run in args.run[1:]:
@@ -94,14 +94,19 @@ def main():
     args.device = pick_device(args.device, first["base"])
     name = args.measure or ("tasks" if args.tasks else "comparison")
     if name in OF_ALL_RUNS:
-        measure, meaning = OF_ALL_RUNS[name]
-        tables = measure(args)
-    else:
-        measure, meaning = OF_EACH_RUN[name]
-        tables = {}
-        for run in args.run:
-            for title, rows in measure(*load_experts_run(run, args), args).items():
-                tables[f"{run}, {title}"] = rows
+        function, meaning = OF_ALL_RUNS[name]
+        return function(args), meaning
+    function, meaning = OF_EACH_RUN[name]
+    tables = {}
+    for run in args.run:
+        for title, rows in function(*load_experts_run(run, args), args).items():
+            tables[f"{run}, {title}"] = rows
+    return tables, meaning
+
+
+def main():
+    args = parse_arguments()
+    tables, meaning = measure(args)
     if args.json:
         print(json.dumps(tables, indent=1, ensure_ascii=False))
         return

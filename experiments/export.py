@@ -4,7 +4,6 @@ or at weights by hand.
     python -m experiments.export "I feel anxious" DIR                  the newest run under out/
     python -m experiments.export "I feel anxious" DIR --run out/tiny
     python -m experiments.export --traits "high agreeableness=0.7, low neuroticism=0.3" DIR
-    python -m experiments.export --route uniform DIR
 
 DIR is a new folder in the Hugging Face layout: transformers, vLLM and llama.cpp's converter read
 it. Its chat template writes the prompt that the experts were trained on, and its configs name every
@@ -17,14 +16,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from data import parse_traits
 from experiments.chat_template import chat_template
 from lora import merge, unmerge
 from personafuse import OVERFLOW, load_run
 from plumbing.files import UserError, read_json, run_program, write_json
-from router import ROUTES
-from sample import check_query, check_setting, newest_run
+from sample import check_query, newest_run
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # what comes along from the base's folder as it is, where it is there
@@ -41,14 +40,14 @@ def parse_arguments():
     add("--run", metavar="RUN", help="a folder that train.py wrote (default: the newest)")
     add("--base", help="where the run's base is now")
     add("--traits", metavar="WEIGHTS", help='by hand: "high agreeableness=0.7, ..."')
-    add("--route", default="learned", choices=[route for route in ROUTES if route != "none"])
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     # options may stand between the query and DIR
     args = parser.parse_intermixed_args()
-    args.setting = check_setting(args.traits or args.route)
-    if args.setting == "learned":
-        if args.query is None:
-            parser.error("give a query, whose weights are merged, or --traits")
+    if args.traits:
+        parse_traits(args.traits)                       # complain before anything is loaded
+    elif args.query is None:
+        parser.error("give a query, whose weights are merged, or --traits")
+    else:
         args.query = check_query(args.query)
     return args
 
@@ -106,7 +105,7 @@ def write_template(out, tokenizer):
     # one that tells the date writes another prompt every day
     if tokenizer.source == "own" and not tells_date(out):
         return
-    settings = read_json(out / "tokenizer_config.json", "")
+    settings = read_json(out / "tokenizer_config.json")
     settings.pop("chat_template", None)
     write_json(out / "tokenizer_config.json", settings)
     (out / "chat_template.jinja").write_text(chat_template(tokenizer), encoding="utf-8")
@@ -119,21 +118,6 @@ def tells_date(out):
 
 
 # ---------------------------------------------------------------------------------- the checkpoint
-
-def check_written(out, tensors):
-    """UserError unless each tensor is in the files under its name, in its shape.
-
-    Opening a file compares its length with its header's, so none is cut short.
-    """
-    written = {}
-    for path in out.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                written[name] = file.get_slice(name).get_shape()
-    for name, t in tensors.items():
-        if written.get(name) != list(t.shape):
-            raise UserError(f"{out}: {name} is {written.get(name)}, not {list(t.shape)}")
-
 
 def export(model, w, folder, out):
     """Write the base of `folder` with its experts merged at w (E,) into the new folder `out`,
@@ -152,7 +136,6 @@ def export(model, w, folder, out):
                 shutil.copyfile(folder / name, tmp / name)
         write_configs(model.base, folder, tmp, model.tokenizer)
         write_template(tmp, model.tokenizer)
-        check_written(tmp, tensors)
         for path in tmp.glob("*.safetensors"):
             # they were saved for their owner alone
             shutil.copymode(tmp / "config.json", path)
@@ -171,7 +154,7 @@ def main():
     # merging is one pass over the weights: the CPU does
     device = torch.device("cpu")
     model, settings = load_run(args.run or newest_run(), device, args.dtype, args.base)
-    w = model.mixing_weights([args.query or ""], args.setting)
+    w = model.mixing_weights([args.query or ""], args.traits or "learned")
     export(model, w[0], Path(settings["base_folder"]), out)
     print(f"wrote {out}: load it with transformers, vLLM, or any engine that reads Hugging Face "
           "checkpoints")

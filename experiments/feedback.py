@@ -32,7 +32,7 @@ def feedback(model, settings, args):
     if model.router is None:
         raise UserError("this run has no router yet: run `python train.py --stage 2`")
     training, held = run_records(settings, data=args.data)
-    reader, _ = make_reader(training)
+    reader = make_reader(training)
     rows = []
     all_shown = []
     for i, pole in enumerate(TRAITS):

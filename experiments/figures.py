@@ -1,209 +1,165 @@
-"""Pictures of a trained run, written to docs/figures/.
+"""Pictures of a trained run, as SVG, written to docs/figures/.
 
-    python -m experiments.figures --run out/tiny
+    python -m experiments.figures --run out/smollm2
+    python -m experiments.figures --run out/smollm2 --query "I feel anxious" --query "We won!"
 
-    control.svg     how much better each expert is on each pole's records
-    map.svg         the queries' h and the ten e, on two axes
-    curves.svg      the losses of the three stages
-    bars.svg        the router's weights for six queries
-    steering.svg    the weight of one expert from 0 to 1
+    voices.svg      two queries, the router's weights for them, and the answers
+    control.svg     how much better each expert is on each pole's held-out records
 
-All but the curves are of the held-out records. matplotlib is needed: pip install matplotlib
+Without --query the two are held-out ones, chosen by hand for their contrast.
 """
 
 import argparse
-import json
+import re
 import textwrap
+from html import escape
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from data import TRAITS
+from experiments.answers import add_answering, sampling, write_answers
 from experiments.common import SHORT, activations, held_out_examples, load_experts_run
-from experiments.control import (DIAL, OPPOSITE, control_matrix, expert_losses, measure_dial,
-                                 turn_dial)
+from experiments.control import control_matrix, expert_losses
 from personafuse import pick_device
-from plumbing.files import HERE, UserError, atomic_write, read_lines, run_program
+from plumbing.files import HERE, atomic_write, number, run_program
 
-# a colour for each trait; legible on white, and told apart by most who are colour-blind
-COLOURS = ["#0072b2", "#e69f00", "#cc79a7", "#009e73", "#d55e00"]
-GREY = "#b8b8b8"
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    # text stays text: small, and searchable
-    "svg.fonttype": "none",
-    # no random names in the file, so that equal pictures are equal bytes
-    "svg.hashsalt": "personafuse",
-    # a background of its own, for pages in a dark theme
-    "savefig.facecolor": "white",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-
-
-def import_pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the pictures need matplotlib: pip install matplotlib")
-    matplotlib.use("svg")
-    matplotlib.rcParams.update(STYLE)
-    from matplotlib import pyplot
-    return pyplot
+QUERIES = [
+    "my little sister is nine and asked why you cant divide by zero and her teacher said BECAUSE I "
+    "SAID SO. we're outraged. we have a bag of 12 lollipops and we want answers!!",
+    "first protest tomorrow, im 20, student. what do i carry, what do i wear, what do i write on "
+    "my arm. be thorough, my cousin got tear gassed last time",
+]
+# as narrow as a phone, where a page shows it at nearly its own size
+WIDTH = 420
+MARGIN = 16
+# where the names of the poles end
+NAMES = 168
+BLUE = "#0072b2"
+ORANGE = "#d55e00"
+# a background of its own, for pages in a dark theme
+PAGE = """\
+<svg xmlns="http://www.w3.org/2000/svg" width="{width}" viewBox="0 0 {width} {height}" \
+font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#222">
+<rect width="{width}" height="{height}" rx="8" fill="white"/>
+{shapes}
+</svg>
+"""
 
 
-def draw_control(pyplot, matrix):
-    """matrix (10, 10) of `control_matrix`: experts in rows, poles in columns."""
-    figure, axes = pyplot.subplots(figsize=(6.6, 5.6))
+# ------------------------------------------------------------------------------------------ shapes
+
+def text(x, y, words, more=""):
+    # XML has no control characters, and a model may write one
+    words = "".join(c for c in words if c.isprintable())
+    return f'<text x="{x}" y="{y}" {more}>{escape(words)}</text>'
+
+
+def box(x, y, width, height, colour, opacity=1.0):
+    return (f'<rect x="{x}" y="{y}" width="{width:.1f}" height="{height}" fill="{colour}" '
+            f'fill-opacity="{opacity:.2f}"/>')
+
+
+def page(shapes, height):
+    return PAGE.format(width=WIDTH, height=height, shapes="\n".join(shapes))
+
+
+def write(path, picture):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as tmp:
+        tmp.write_text(picture, encoding="utf-8")
+    print(path)
+
+
+# ------------------------------------------------------------------------------------------ voices
+
+def draw_voices(queries, w, answers):
+    """Queries one below the other, their weights w (n, 10), numpy, and answers -> SVG."""
+    shapes = []
+    y = 8
+    for query, weights, answer in zip(queries, w, answers):
+        if shapes:
+            y += 18
+            shapes.append(box(MARGIN, y, WIDTH - 2 * MARGIN, 1, "#bbb"))
+        for line in textwrap.wrap(f"“{query}”", 34):
+            y += 19
+            shapes.append(text(MARGIN, y, line, 'font-size="14" font-weight="bold"'))
+        y += 6
+        for trait, weight in zip(TRAITS, weights):
+            y += 18
+            bar = 200 * weight
+            shapes.append(text(NAMES, y, trait, 'text-anchor="end"'))
+            shapes.append(box(NAMES + 8, y - 10, max(bar, 1), 12, BLUE))
+            shapes.append(text(round(NAMES + 14 + bar), y, f"{weight:.2f}"))
+        y += 8
+        for line in textwrap.wrap(answer, 52):
+            y += 19
+            shapes.append(text(MARGIN, y, line, 'font-size="14"'))
+    return page(shapes, y + MARGIN)
+
+
+def whole_sentences(answer):
+    """The answer up to the end of its last sentence, or all of it where none ends."""
+    ended = re.match(r".*[.!?][\"”’')]*(?=\s|$)", answer, re.S)
+    return ended[0] if ended else answer
+
+
+def voices(model, settings, args):
+    queries = args.query or QUERIES
+    w = model.mixing_weights(queries)
+    answers = write_answers(model, queries, w, args.max_new_tokens, **sampling(settings, args))
+    return draw_voices(queries, w.cpu().numpy(), [whole_sentences(answer) for answer in answers])
+
+
+# ----------------------------------------------------------------------------------------- control
+
+def draw_control(matrix):
+    """matrix (10, 10) of `control_matrix`: experts in rows, poles in columns -> SVG."""
+    cell = 24
     limit = np.nanmax(np.abs(matrix))
-    mesh = axes.pcolormesh(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
-    for (i, j), value in np.ndenumerate(matrix):
-        colour = "white" if abs(value) > 0.6 * limit else "black"
-        axes.text(j + 0.5, i + 0.5, f"{100 * value:+.0f}", color=colour, ha="center", va="center")
-    centres = np.arange(len(TRAITS)) + 0.5
-    axes.set_xticks(centres, SHORT)
-    axes.set_yticks(centres, TRAITS)
-    axes.invert_yaxis()
-    axes.set(xlabel="records that call for this pole", ylabel="expert, alone",
-             title="How much lower than the mean expert's is its loss?\n"
-                   "hundredths of a nat a token, held-out records")
-    figure.colorbar(mesh, shrink=0.8)
-    return figure
+    head = 'text-anchor="middle"'
+    shapes = [
+        text(MARGIN, 28, "How much each expert is better than the mean one"),
+        text(MARGIN, 48, "loss per token in hundredths of a nat, held-out records"),
+        text(NAMES, 76, "expert", 'text-anchor="end"'),
+    ]
+    for j, short in enumerate(SHORT):
+        shapes.append(text(NAMES + 8 + cell * j + cell // 2, 76, short, head))
+    for i, trait in enumerate(TRAITS):
+        y = 84 + cell * i
+        shapes.append(text(NAMES, y + 16, trait, 'text-anchor="end"'))
+        for j, value in enumerate(matrix[i]):
+            x = NAMES + 8 + cell * j
+            # NaN, where no record has the pole, stays empty
+            if np.isfinite(value):
+                colour = BLUE if value > 0 else ORANGE
+                shapes.append(box(x, y, cell - 1, cell - 1, colour, 0.7 * abs(value) / limit))
+                shapes.append(text(x + 11.5, y + 16, f"{100 * value:+.0f}",
+                                   head + ' font-size="12"'))
+    y = 84 + cell * len(TRAITS) + 18
+    shapes.append(text(MARGIN, y, "Columns: records that call for this pole. O+ is high openness."))
+    return page(shapes, y + MARGIN)
 
 
-def two_axes(h, e):
-    """h (n, d) and e (E, d) -> their places (n, 2), (E, 2) on the two axes along which the ten e
-    differ most.
-
-    Directions only, as in Eq. 4, each less its mean, which all have in common, and the two drawn to
-    one size.
-    """
-    h = F.normalize(h, dim=-1)
-    e = F.normalize(e, dim=-1)
-    h = h - h.mean(dim=0)
-    e = e - e.mean(dim=0)
-    _, _, axes = torch.linalg.svd(e, full_matrices=False)               # (E, d), longest first
-    places = []
-    for points in (h, e):
-        xy = points @ axes[:2].T
-        places.append(xy / xy.square().mean().sqrt())
-    return places
-
-
-def draw_map(pyplot, h, e, p):
-    """h (n, 2), e (10, 2) and p (n, 10): a panel for each trait, all of one projection."""
-    figure, panels = pyplot.subplots(1, 5, figsize=(12, 2.9), sharex=True, sharey=True)
-    for trait, axes in enumerate(panels):
-        axes.scatter(*h.T, s=7, color=GREY)
-        for i, fill in ((2 * trait, COLOURS[trait]), (2 * trait + 1, "white")):
-            look = {"color": fill, "edgecolors": COLOURS[trait], "label": TRAITS[i]}
-            axes.scatter(*h[p[:, i] == 1].T, s=14, **look)
-            axes.scatter(*e[i], s=150, marker="*", **look)
-        axes.legend(loc="lower left")
-    figure.suptitle("Dots: held-out queries, h, grey where neither pole is called for. Stars: the "
-                    "embeddings e of the trait's two experts.", y=-0.01)
-    return figure
-
-
-def draw_curves(pyplot, path):
-    """The metrics.jsonl of a run: a panel for each stage."""
-    figure, panels = pyplot.subplots(1, 3, figsize=(10.2, 2.7))
-    steps = [json.loads(line) for _, line in read_lines(path)]
-    for stage, axes in enumerate(panels, 1):
-        own = [step for step in steps if step["stage"] == stage and "held_out" not in step]
-        for name in ("lm", "contrastive", "trait"):
-            values = [step[name] for step in own if name in step]
-            if values:
-                axes.plot(range(1, len(values) + 1), values, label=f"L_{name}")
-                axes.legend()
-        axes.set(title=f"stage {stage}", xlabel="step")
-    return figure
-
-
-def telling_queries(w, count=6):
-    """The queries with the largest weights, one for each of `count` experts -> their indices.
-
-    Whether the weight is right plays no part in the choice. w (n, 10), numpy.
-    """
-    chosen = {}
-    for i in np.argsort(-w.max(axis=1)):
-        chosen.setdefault(w[i].argmax(), i)
-    return list(chosen.values())[:count]
-
-
-def draw_bars(pyplot, queries, w, p):
-    """Queries (6 strings), their weights (6, 10) and p (6, 10)."""
-    figure, panels = pyplot.subplots(2, 3, figsize=(11, 5.4), sharex=True, sharey=True)
-    for axes, query, weights, active in zip(panels.flat, queries, w, p):
-        colours = [COLOURS[i // 2] if active[i] else GREY for i in range(len(TRAITS))]
-        axes.barh(TRAITS, weights, color=colours)
-        title = textwrap.fill(query, 46, max_lines=3, placeholder=" ...")
-        # a dollar sign would begin a formula
-        axes.set_title(title.replace("$", r"\$"), loc="left")
-    panels[0, 0].invert_yaxis()
-    figure.suptitle("The router's weights. Coloured: the poles of the record.", y=0.0)
-    figure.tight_layout()
-    return figure
-
-
-def draw_steering(pyplot, model, examples, p):
-    """A panel for each pole, own records and opposite's, as its expert's weight grows."""
-    figure, panels = pyplot.subplots(2, 5, figsize=(12, 4.8), sharex=True, sharey=True)
-    for i, axes in enumerate(panels.T.flat):
-        opposite = OPPOSITE[i]
-        losses = turn_dial(model, examples, i, p)
-        own_curve, opposite_curve, *_ = measure_dial(losses, p[:, i], p[:, opposite])
-        axes.plot(DIAL, own_curve, "o-", color=COLOURS[i // 2], label=TRAITS[i])
-        axes.plot(DIAL, opposite_curve, "o--", color=GREY, label=TRAITS[opposite])
-        axes.set(title=f"expert: {TRAITS[i]}", xlabel="its weight", ylabel="loss per token")
-        axes.legend(title="records of")
-    figure.tight_layout()
-    return figure
-
-
-def draw_all(args):
-    pyplot = import_pyplot()
-    args.device = pick_device(args.device)
-    model, settings = load_experts_run(args.run, args)
-    records, examples = held_out_examples(model, settings, args)
-    p = activations(records)
-    figures = {"curves": draw_curves(pyplot, Path(args.run) / "metrics.jsonl")}
-    if model.router:
-        h = model.embed([example.query for example in examples]).detach()
-        places = [xy.cpu().numpy() for xy in two_axes(h, model.router.e)]
-        figures["map"] = draw_map(pyplot, *places, p)
-        w = model.router.weights(h).cpu().numpy()
-        chosen = telling_queries(w)
-        queries = [records[i]["query"] for i in chosen]
-        figures["bars"] = draw_bars(pyplot, queries, w[chosen], p[chosen])
-    figures["control"] = draw_control(pyplot, control_matrix(expert_losses(model, examples), p))
-    figures["steering"] = draw_steering(pyplot, model, examples, p)
-
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        path = Path(args.out) / f"{name}.svg"
-        with atomic_write(path) as tmp:
-            # without the date, which would make equal pictures differ
-            figure.savefig(tmp, format="svg", bbox_inches="tight", metadata={"Date": None})
-        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
-
+# -------------------------------------------------------------------------------------------- main
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--run", required=True, metavar="DIR", help="a folder that train.py wrote")
+    add("--query", action="append", metavar="TEXT", help="in place of the two; may be given again")
     add("--out", default=str(HERE / "docs" / "figures"), metavar="DIR")
     add("--data", help="the records, where they are not found")
-    add("--limit", type=int, help="only so many held-out records")
-    add("--device", default="auto")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    draw_all(parser.parse_args())
+    add("--limit", type=number(int, 1), help="control.svg of only so many records")
+    add_answering(parser, max_new_tokens=60)
+    args = parser.parse_args()
+    args.device = pick_device(args.device)
+    model, settings = load_experts_run(args.run, args)
+    write(Path(args.out) / "voices.svg", voices(model, settings, args))
+    records, examples = held_out_examples(model, settings, args)
+    matrix = control_matrix(expert_losses(model, examples), activations(records))
+    write(Path(args.out) / "control.svg", draw_control(matrix))
 
 
 if __name__ == "__main__":

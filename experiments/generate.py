@@ -130,7 +130,7 @@ def read_queries(path):
 def check_output(out, settings):
     """UserError unless OUT is new, or was begun with these settings."""
     if Path(out + SETTINGS).exists():
-        saved = read_json(out + SETTINGS, "")
+        saved = read_json(out + SETTINGS)
         if saved != settings:
             raise UserError(f"{out} was made with {saved}, not {settings}: give another --out, or "
                             "repeat what made it")

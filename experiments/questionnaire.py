@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data import TRAITS, Example
-from experiments.common import response_losses
+from experiments.common import response_nll
 from experiments.statistics import mean_interval
 from plumbing.files import HERE, read_lines
 
@@ -58,7 +58,7 @@ def ask(model, items, w=None):
             examples.append(Example(prompt, model.tokenizer.encode_answer(answer), [], ()))
     if w is not None:
         w = w.expand(len(examples), -1)                         # (n, E), the same for all
-    nll, _ = response_losses(model, examples, w)
+    nll, _ = response_nll(model, examples, w)
     keys = [key for _, key, _ in items]
     return score(-nll.reshape(len(items), len(ANSWERS)), keys)
 

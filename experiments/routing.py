@@ -2,11 +2,11 @@
 
     python -m experiments.evaluate --run out/tiny --routing
 
-Eq. 1 at other temperatures τ, and cut to the top k, on the held-out queries of a trained run. At
-each: what a reader finds in the answers (experiments/expression.py), the response loss, and how
-well the weights rank the experts. Then the same with each query's weights dealt out anew, the
-largest to the right experts: a perfect ranking that is no sharper. The bare base and the oracle
-p/|p| are the borders.
+Eq. 1 at the run's temperature τ, at half and at twice that, and cut to the largest weight, on the
+held-out queries. At each: what a reader finds in the answers (experiments/expression.py), the
+response loss, and how well the weights rank the experts. Then the same with each query's weights
+dealt out anew, the largest to the right experts: a perfect ranking that is no sharper. The bare
+base and the oracle p/|p| are the borders. `--taus` names other temperatures.
 
 n queries, E = 10 experts.
 """
@@ -16,15 +16,12 @@ import torch
 
 from experiments.answers import sampling, write_answers
 from experiments.common import (activations, break_ties, held_out_examples, oracle_weights,
-                                response_losses, run_records)
+                                response_nll, run_records)
 from experiments.expression import make_reader
 from experiments.statistics import bootstrap, mean_interval
 from losses import cosine
 from plumbing.files import UserError
 from router import average_precision, keep_top
-
-TAUS = [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-TOP = [1, 2, 3]
 
 
 def perfect_ranking(w, p):
@@ -40,20 +37,16 @@ def perfect_ranking(w, p):
     return dealt
 
 
-def curve_weights(model, queries, trained_tau, seed):
-    """{name: w (n, E), numpy}: the borders that know nothing of the query, then the curve."""
-    weights = {}
-    for route in ("uniform", "random1", "random2"):
-        weights[route] = model.mixing_weights(queries, route, seed=seed)
-    h = model.embed(model.encode_queries(queries))
-    # in double precision, since the sharpest weights are far apart
-    similarity = cosine(h, model.router.e).double()                             # Eq. 4, (n, E)
-    for tau in TAUS:
-        weights[f"tau {tau}"] = torch.softmax(similarity / tau, dim=-1)         # Eq. 1
-    trained = torch.softmax(similarity / trained_tau, dim=-1)
-    for k in TOP:
-        weights[f"tau {trained_tau}, top {k}"] = keep_top(trained, k)
-    return {name: w.cpu().numpy() for name, w in weights.items()}
+def curve_weights(similarity, p, tau, taus=None):
+    """Cosines of Eq. 4 and p, both (n, E), numpy, and the run's τ -> {name: w (n, E), numpy}."""
+    similarity = torch.tensor(similarity)
+    weights = {"uniform": np.full(p.shape, 1 / p.shape[1])}
+    for value in taus or [tau / 2, tau, 2 * tau]:
+        weights[f"tau {value:g}"] = torch.softmax(similarity / value, dim=1).numpy()    # Eq. 1
+    weights["top 1"] = keep_top(torch.softmax(similarity / tau, dim=1), 1).numpy()
+    for value in taus or [tau]:
+        weights[f"tau {value:g}, ranked"] = perfect_ranking(weights[f"tau {value:g}"], p)
+    return weights
 
 
 def covered(values, bare, oracle):
@@ -82,21 +75,22 @@ def routing(model, settings, args):
     if model.router is None:
         raise UserError("this run has no router yet: run `python train.py --stage 2`")
     training, _ = run_records(settings, data=args.data)
-    reader, _ = make_reader(training)
+    reader = make_reader(training)
     records, examples = held_out_examples(model, settings, args)
     queries = [record["query"] for record in records]
     p = activations(records)
     best = oracle_weights(p, "cpu").numpy()
-    weights = curve_weights(model, queries, settings["tau"], args.seed)
-    for tau in TAUS:
-        weights[f"tau {tau}, ranked"] = perfect_ranking(weights[f"tau {tau}"], p)
+    h = model.embed(model.encode_queries(queries))
+    # in double precision, since the sharpest weights are far apart
+    similarity = cosine(h, model.router.e).double().cpu().numpy()
+    weights = curve_weights(similarity, p, settings["tau"], args.taus)
 
     measured = {}
     for name, w in {"bare base": None, "oracle": best, **weights}.items():
         if w is not None:
             w = torch.tensor(w, dtype=torch.float32, device=model.device)
         answers = write_answers(model, queries, w, args.max_new_tokens, **sampling(settings, args))
-        nll, counts = response_losses(model, examples, w)
+        nll, counts = response_nll(model, examples, w)
         precision = average_precision(reader.scores(answers), p)
         measured[name] = {"expression": precision, "loss": nll / counts}
 

@@ -39,13 +39,6 @@ def shown(interval, digits=2):
     return f"{value} [{low}, {high}]"
 
 
-def shown_difference(interval, digits=2):
-    """As `shown`, with an = behind a difference smaller than its interval: one not told from 0."""
-    if interval and interval[1] <= 0 <= interval[2]:
-        return shown(interval, digits) + " ="
-    return shown(interval, digits)
-
-
 def print_table(header, rows):
     """Columns aligned on the left, each as wide as its widest cell."""
     widths = []
@@ -69,9 +62,11 @@ def print_rows(rows):
 
 def cell(value, column):
     if isinstance(value, list):
-        show = shown_difference if "difference" in column else shown
         # 0.524, but 90.9
-        return show(value, 1 if abs(value[0]) >= 10 else 3)
+        text = shown(value, 1 if abs(value[0]) >= 10 else 3)
+        # smaller than its interval: not told from 0
+        equal = "difference" in column and value[1] <= 0 <= value[2]
+        return text + " =" if equal else text
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else value

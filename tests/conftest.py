@@ -195,6 +195,18 @@ def program(script, *arguments, cwd=None, env=None):
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
+def evaluated(*arguments):
+    """The tables of experiments.evaluate with these arguments, {title: rows}, before it prints."""
+    from experiments import evaluate
+    argv = sys.argv
+    options = ["--device", "cpu", "--dtype", "fp32"]
+    sys.argv = ["experiments.evaluate", *options, *map(str, arguments)]
+    try:
+        return evaluate.measure(evaluate.parse_arguments())[0]
+    finally:
+        sys.argv = argv
+
+
 def fails_in_one_line(result, *words):
     """Exit code 2, one line on standard error that holds all the words, no traceback."""
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]

@@ -1,28 +1,22 @@
 """Benchmarks by their authors' rules and against EleutherAI's harness."""
 
 import json
-import sys
+import re
+from argparse import Namespace
 
 import pytest
-from conftest import fails_in_one_line, program
+import torch
+from conftest import evaluated, fails_in_one_line, program
 
-from experiments import benchmarks, evaluate
+from experiments import benchmarks
 from experiments.benchmarks import TASKS, Question, read_questions
-
-
-def evaluated(monkeypatch, capsys, *arguments):
-    """experiments.evaluate in this process, with --json -> what it printed, read."""
-    options = ["--device", "cpu", "--dtype", "fp32", "--json"]
-    monkeypatch.setattr(sys, "argv", ["experiments.evaluate", *options, *map(str, arguments)])
-    evaluate.main()
-    table, = json.loads(capsys.readouterr().out).values()
-    return {row["name"]: row for row in table}
+from personafuse import load_run
 
 
 # ----------------------------------------------------------------------------------------- scoring
 
 def test_emobench_wants_every_letter_right():
-    question = Question([], {"answer_q1": "B", "answer_q2": "C"}, 0, [])
+    question = Question([], {"answer_q1": "B", "answer_q2": "C"}, 0)
 
     def score(text):
         return benchmarks.score_emobench(question, [text])
@@ -40,7 +34,7 @@ def test_tombench_votes():
     order = ["C", "A", "D", "B"]
 
     def score(right, *texts):
-        question = Question([], ([order] * len(texts), right), 0, [])
+        question = Question([], ([order] * len(texts), right), 0)
         return benchmarks.score_tombench(question, texts)
 
     for text, vote in (("[[C]]", "D"), ("It is B. [[A]]", "C"), ("[B]", "A"), ("A or rather D", "B")):
@@ -66,7 +60,7 @@ def test_eq_bench_scores_as_the_harness_does(answer, said):
     reference = {f"emotion{n}": name for n, name in enumerate(names, 1)}
     reference |= {f"emotion{n}_score": score for n, score in enumerate((0, "6", 0, "7"), 1)}
     expected = theirs({"reference_answer_fullscale": str(reference)}, [answer])
-    question = Question([], {"Angry": 0.0, "Calm": 6.0, "Proud": 0.0, "Sad": 7.0}, 0, [])
+    question = Question([], {"Angry": 0.0, "Calm": 6.0, "Proud": 0.0, "Sad": 7.0}, 0)
     found = benchmarks.score_eq_bench(question, [answer])
     assert (found is None) is (expected["percent_parseable"] == 0)
     assert 100 * (found or 0) == pytest.approx(expected["eqbench"])
@@ -74,7 +68,7 @@ def test_eq_bench_scores_as_the_harness_does(answer, said):
 
 
 def test_gsm8k_reads_the_last_number():
-    question = Question([], "1,234", 0, [])
+    question = Question([], "1,234", 0)
     for text, right in (("so it is 1.\n#### 1234", 1), ("I think 1,234.", 1), ("$1234", 1),
                         ("1234 or rather 2", 0), ("-1234", 0), ("1234\nQuestion: 5", 1),
                         ("none", None)):
@@ -123,7 +117,7 @@ def files(tmp_path_factory):
 
 
 def test_each_question_has_one_right_answer_in_its_own_words(files):
-    ea = [q for q in read_questions("emobench", files) if q.groups[0] == "part: EA"]
+    ea = [q for q in read_questions("emobench", files) if q.group == "EA"]
     assert [q.right for q in ea] == [{"answer": "B"}] * 3
     assert ea[0].prompts[0].startswith("Ann lost her keys.") and "B) Search" in ea[0].prompts[0]
     for question in read_questions("tombench", files):
@@ -141,30 +135,63 @@ def test_each_question_has_one_right_answer_in_its_own_words(files):
         assert question.prompts[0].endswith(f"Question: {question.query}\nAnswer:")
 
 
-def test_every_benchmark_runs(run, files, monkeypatch, capsys):
-    table = evaluated(monkeypatch, capsys, "--run", run, "--tasks", ",".join(TASKS),
-                      "--data", files, "--limit", 2)
-    assert table["tombench"]["chance"] == 25
-    assert table["eq_bench"]["chance"] == table["gsm8k"]["chance"] == 0
-    assert {row["n"] for name, row in table.items() if name in TASKS} == {2}
-    assert "tombench: ability: Belief: Location false beliefs" in table
-    assert all(len(row[run.name]) == 3 for row in table.values())
+def test_gsm8k_is_asked_without_examples_where_their_file_is_missing(files, tmp_path, capsys):
+    (tmp_path / "test.jsonl").write_bytes((files / "gsm8k" / "test.jsonl").read_bytes())
+    questions = read_questions("gsm8k", tmp_path)
+    assert len(questions) == 3
+    for question in questions:
+        assert question.prompts == [f"Question: {question.query}\nAnswer:"]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "train.jsonl" in said[0]
+
+
+def test_guided_answers_have_the_likeliest_letters(run):
+    """Letter by letter, each against a forward pass over what stands before it."""
+    model, _ = load_run(run, torch.device("cpu"), torch.float32)
+    form = '{"answer_q1": "?", "answer_q2": "?"}'
+    question = Question(["Why?"], None, 0, form=form, options=(3, 4))
+    w = torch.full((1, 10), 0.1)
+    prompt = model.tokenizer.encode_prompt("Why?")
+    answer = benchmarks.fill_form(model, prompt, question, w)
+    assert re.fullmatch(r'\{"answer_q1": "[A-C]", "answer_q2": "[A-D]"\}', answer)
+    for key, letters in (("q1", "ABC"), ("q2", "ABCD")):
+        before, said = re.match(rf'(.*"answer_{key}": ")(.)', answer).groups()
+        ids = prompt + model.tokenizer.encode_answer(before)[:-1]
+        logits = model.base.logits(model.base(torch.tensor([ids]), w)[0, -1])
+        scores = {letter: logits[model.tokenizer.encode(letter)[-1]].item() for letter in letters}
+        assert said == max(scores, key=scores.get)
+
+
+def test_guided_benchmarks_have_nothing_unusable(run, files):
+    tables = evaluated("--run", run, "--tasks", "emobench,tombench,gsm8k", "--data", files,
+                       "--limit", 3, "--guided")
+    unusable = {row["name"]: row["unusable"] for row in tables[run.name]}
+    assert unusable["emobench"] == unusable["tombench"] == 0
+
+
+def test_every_benchmark_runs(run, files):
+    tables = evaluated("--run", run, "--tasks", ",".join(TASKS), "--data", files, "--limit", 2)
+    assert set(tables) == {run.name}
+    rows = {row["name"]: row for row in tables[run.name]}
+    assert rows["tombench"]["chance"] == 25
+    assert rows["eq_bench"]["chance"] == rows["gsm8k"]["chance"] == 0
+    assert {row["n"] for name, row in rows.items() if name in TASKS} == {2}
+    assert all(len(row["score"]) == 3 for row in rows.values())
     # the model knows no JSON
-    assert table["emobench"][f"{run.name}: unusable"] == 2
-    assert table["emobench"][run.name] == [0, 0, 0]
+    assert rows["emobench"]["unusable"] == 2
+    assert rows["emobench"]["score"] == [0, 0, 0]
 
 
 def test_groups_have_rows_of_their_own(files):
     questions = read_questions("emobench", files)
     answers = [['{"answer": "B", "answer_q1": "F", "answer_q2": "A"}'] for _ in questions]
     rows = benchmarks.score_questions("emobench", questions, answers)
-    scores = {row["name"]: row["score"] for row in rows}
-    chance = {row["name"]: row["chance"] for row in rows}
-    assert scores["emobench"][0] == 50
-    assert scores["emobench: part: EA"] == [100, 100, 100]
-    assert scores["emobench: EU: emotional_cues"] == [0, 0, 0]
-    assert chance["emobench: part: EA"] == 25
-    assert chance["emobench: part: EU"] == pytest.approx(100 / 24)
+    assert [row["name"] for row in rows] == ["emobench", "emobench, EA", "emobench, EU"]
+    assert [row["n"] for row in rows] == [6, 3, 3]
+    assert [row["score"][0] for row in rows] == [50, 100, 0]
+    assert [row["chance"] for row in rows[1:]] == [25, pytest.approx(100 / 24)]
+    assert {question.group for question in read_questions("tombench", files)} == {
+        "False Belief Task", "Hinting Task Test"}
 
 
 def test_router_reads_the_question_without_the_worked_examples(monkeypatch):
@@ -175,9 +202,9 @@ def test_router_reads_the_question_without_the_worked_examples(monkeypatch):
         return [f"answer to {prompt}" for prompt in prompts]
 
     monkeypatch.setattr(benchmarks, "ask_model", ask_model)
-    questions = [Question(["an example\n\nWhy?"], "", 0, [], "Why?"),
-                 Question(["one order", "another"], "", 0, [])]
-    answers = benchmarks.ask_questions(None, questions, None, 9)
+    questions = [Question(["an example\n\nWhy?"], "", 0, query="Why?"),
+                 Question(["one order", "another"], "", 0)]
+    answers = benchmarks.ask_questions(None, questions, Namespace(guided=False), 9)
     assert asked == [("an example\n\nWhy?", "Why?"), ("one order", "one order"),
                      ("another", "another")]
     assert answers == [["answer to an example\n\nWhy?"],

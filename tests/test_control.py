@@ -1,6 +1,5 @@
 """Control: accuracy, rank and matrix by hand, losses against merged experts, the shuffled floor."""
 
-import json
 from argparse import Namespace
 from collections import Counter
 from xml.etree import ElementTree
@@ -9,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import fails_in_one_line, program, train_arguments
+from conftest import evaluated, fails_in_one_line, program, train_arguments
 from data import TRAITS, by_hash, held_out, load_records, split
 from experiments import control, figures
-from experiments.common import held_out_examples, response_nll, run_records
+from experiments.common import SHORT, held_out_examples, response_nll, run_records
 from lora import lora_layers, merge, unmerge
 from personafuse import load_run, read_settings
 from plumbing.files import HERE, UserError, file_sha256
@@ -21,13 +20,6 @@ CPU = torch.device("cpu")
 
 
 ARGS = Namespace(device=CPU, dtype=torch.float32, data=None, limit=None)
-
-
-def evaluated(*arguments):
-    """What experiments.evaluate prints with --json, read."""
-    result = program("experiments.evaluate", *arguments, "--json", "--device", "cpu", "--dtype", "fp32")
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 # two records, by hand: the first has high openness and low neuroticism, the second low openness
@@ -106,7 +98,7 @@ def test_an_expert_alone_is_the_base_with_that_expert_merged(model):
         originals = merge(model.base, torch.eye(10)[i])
         nll, counts = response_nll(model, examples)
         unmerge(model.base, originals)
-        assert losses[:, i] == pytest.approx((nll / counts).numpy(), abs=1e-4)
+        assert losses[:, i] == pytest.approx(nll / counts, abs=1e-4)
 
 
 def test_control_and_steering_of_a_run(run):
@@ -183,29 +175,34 @@ def test_shuffled_labels(small_data, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- pictures
 
-def test_two_axes_keep_what_sets_the_experts_apart():
-    e = torch.eye(4)[:3] * torch.tensor([[1.0], [5.0], [2.0]])
-    h = torch.tensor([[0.0, 3.0, 0.0, 9.0], [3.0, 0.0, 0.0, 9.0], [0.0, 0.0, 3.0, 9.0]])
-    h_places, e_places = figures.two_axes(h, e)
-    # lengths play no part, nor does what all queries share: three directions at equal distances
-    distances = (e_places[[0, 1, 2]] - e_places[[1, 2, 0]]).norm(dim=1)
-    assert torch.allclose(distances, distances[0].expand(3), atol=1e-5) and distances[0] > 1
-    assert torch.allclose(h_places, e_places[[1, 0, 2]], atol=1e-5)
+def test_an_answer_is_shown_up_to_its_last_whole_sentence():
+    assert figures.whole_sentences("Yes! It is 3.5 m. And then") == "Yes! It is 3.5 m."
+    assert figures.whole_sentences('He said "no." Then') == 'He said "no."'
+    assert figures.whole_sentences("no end") == "no end"
 
 
-def test_telling_queries_are_the_sharpest_of_different_experts():
-    w = np.array([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
-    assert figures.telling_queries(w, 2) == [1, 2] and figures.telling_queries(w, 6) == [1, 2, 3]
+def texts_of(path):
+    """The texts of an SVG file."""
+    return [element.text for element in ElementTree.parse(path).iter() if element.text and element.text.strip()]
 
 
 def test_pictures_of_a_run(run, tmp_path):
-    pytest.importorskip("matplotlib")
-    result = program("experiments.figures", "--run", run, "--out", tmp_path / "new", "--dtype", "fp32")
+    command = "experiments.figures", "--run", run, "--out", tmp_path / "new", "--dtype", "fp32", "--max-new-tokens", 8
+    result = program(*command, "--query", "Is 1 < 2 & so on?", "--query", "I feel anxious")
     assert result.returncode == 0, result.stderr
-    pictures = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
-    assert set(pictures) == {"control.svg", "map.svg", "curves.svg", "bars.svg", "steering.svg"}
-    for name, picture in pictures.items():
-        assert len(picture) < 100_000, name
-        ElementTree.fromstring(picture)
-    for text in (b"high openness", b"O+"):
-        assert text in pictures["control.svg"]
+    shown = texts_of(tmp_path / "new" / "voices.svg")
+    assert "“Is 1 < 2 & so on?”" in shown and "“I feel anxious”" in shown
+    model, _ = load_run(run, CPU, torch.float32)
+    for row in model.mixing_weights(["Is 1 < 2 & so on?", "I feel anxious"]):
+        assert {f"{weight:.2f}" for weight in row} <= set(shown)
+    assert [text for text in shown if text in TRAITS] == 2 * TRAITS
+    shown = texts_of(tmp_path / "new" / "control.svg")
+    rows = evaluated("--run", run, "--control")[f"{run}, matrix"]
+    values = [row[pole] for row in rows for pole in SHORT]
+    drawn = [int(text) for text in shown if text[0] in "+-"]
+    assert drawn == pytest.approx([value for value in values if value == value], abs=0.6)
+
+    # without --query it asks two of the held-out ones
+    result = program(*command, "--limit", 3)
+    assert result.returncode == 0, result.stderr
+    assert sum(text.startswith("“") for text in texts_of(tmp_path / "new" / "voices.svg")) == 2

@@ -1,30 +1,22 @@
-"""The comparison by hand."""
+"""The comparison and what was forgotten, by hand."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fails_in_one_line, make_model, program, train_arguments
+from conftest import evaluated, fails_in_one_line, make_model, program, train_arguments
 
 from data import load_records, split
 from experiments import evaluate
-from experiments.common import SHORT, break_ties
-from experiments.statistics import bootstrap, shown_difference
+from experiments.common import break_ties
+from experiments.statistics import bootstrap, cell
 from personafuse import load_run
 from plumbing.models import model_sha256
 from router import average_precision, keep_top, random_weights
 
 CPU = torch.device("cpu")
-
-def evaluated(monkeypatch, capsys, *arguments):
-    """experiments.evaluate in this process, with --json -> what it printed, read."""
-    monkeypatch.setattr(sys, "argv", ["experiments.evaluate", "--device", "cpu", "--dtype", "fp32", "--json", *map(str, arguments)])
-    evaluate.main()
-    return json.loads(capsys.readouterr().out)
-
 
 @pytest.fixture(scope="module")
 def baseline(mini, small_data, tmp_path_factory):
@@ -41,8 +33,9 @@ def test_bootstrap_intervals():
     value, low, high = bootstrap(lambda i: zeros_and_ones[i].mean(), 100)
     assert value == 0.5 and abs(low - (0.5 - 1.96 * 0.05)) < 0.02 and abs(high - (0.5 + 1.96 * 0.05)) < 0.02
     assert bootstrap(lambda i: np.full(9, 3.0)[i].mean(), 9) == [3, 3, 3]
-    assert shown_difference([0.1, -0.2, 0.3]) == "0.10 [-0.20, 0.30] ="
-    assert shown_difference([0.1, 0.05, 0.3], 1) == "0.1 [0.1, 0.3]" and shown_difference(None) == ""
+    assert cell([0.1, -0.2, 0.3], "difference") == "0.100 [-0.200, 0.300] ="
+    assert cell([0.1, 0.05, 0.3], "difference") == "0.100 [0.050, 0.300]" and cell(None, "difference") == ""
+    assert cell([0.1, -0.2, 0.3], "loss") == "0.100 [-0.200, 0.300]" and cell([90.91, 87, 93], "%") == "90.9 [87.0, 93.0]"
 
 
 def test_random_route_and_top_k():
@@ -52,9 +45,9 @@ def test_random_route_and_top_k():
     assert torch.allclose(keep_top(torch.tensor([[0.1, 0.6, 0.3]]), 2), torch.tensor([[0, 2 / 3, 1 / 3]]))
 
 
-def test_comparison_of_runs(run, baseline, small_data, monkeypatch, capsys):
-    tables = evaluated(monkeypatch, capsys, "--run", run, "--run", baseline)
-    (title, table), (_, auc) = tables.items()
+def test_comparison_of_runs(run, baseline, small_data):
+    tables = evaluated("--run", run, "--run", baseline)
+    (title, table), = tables.items()
     rows = {r["name"]: r for r in table}
     name = run.name
     mixed = {f"{name}, {route}" for route in ("random1", "random2", "random5", "uniform", "oracle")}
@@ -63,7 +56,6 @@ def test_comparison_of_runs(run, baseline, small_data, monkeypatch, capsys):
         value, low, high = r["loss per token"]
         assert low <= value <= high and 0 <= r["% prefers Persona-CoT"][0] <= 100
     assert rows[f"{name}, oracle"]["router mAP"] == [1, 1, 1]
-    assert [row["name"] for row in auc] == [name, f"{name}, oracle"] and set(auc[0]) == {"name", *SHORT}
     assert "router mAP" not in rows["direct"] and "difference" not in rows[name]
     bare = rows["bare base"]
     difference = bare["loss per token"][0] - rows[name]["loss per token"][0]
@@ -76,24 +68,26 @@ def test_comparison_of_runs(run, baseline, small_data, monkeypatch, capsys):
         prompt = model.tokenizer.encode_prompt(r["query"])
         if len(prompt) >= settings["max_length"]:
             continue
-        ids = (prompt + model.tokenizer.encode_answer(r["response"]))[:settings["max_length"]]
         w = model.route(model.encode_queries([r["query"]]))
         precision.append(average_precision(w.numpy(), np.array([r["p"]]))[0])
+        ids = (prompt + model.tokenizer.encode_answer(r["response"]))[:settings["max_length"]]
         logits = model.base.logits(model.base(torch.tensor([ids]), w)[0, len(prompt) - 1:-1])
-        total, count = total + F.cross_entropy(logits, torch.tensor(ids[len(prompt):]), reduction="sum").item(), \
-            count + len(ids) - len(prompt)
+        total += F.cross_entropy(logits, torch.tensor(ids[len(prompt):]), reduction="sum").item()
+        count += len(ids) - len(prompt)
     assert title == f"{len(precision)} held-out records"
     assert rows[name]["loss per token"][0] == pytest.approx(total / count, abs=1e-4)
     assert rows[name]["router mAP"][0] == pytest.approx(np.mean(precision), abs=1e-4)
 
 
-def test_forgetting_by_hand(run, tmp_path, monkeypatch, capsys):
+def test_forgetting_by_hand(run, baseline, tmp_path):
     """The line's loss at the router's weights for it, its first token given, and the bare base's."""
     text = "The tide comes in twice a day."
     (tmp_path / "text.txt").write_text(text + "\n", encoding="utf-8")
-    tables = evaluated(monkeypatch, capsys, "--run", run, "--forgetting", "--text", tmp_path / "text.txt", "--limit", "4")
+    tables = evaluated("--run", run, "--run", baseline, "--forgetting", "--text", tmp_path / "text.txt", "--limit", 4)
     rows = {(row["texts"], row["name"]): row for row in tables["forgetting"]}
-    assert {kind for kind, _ in rows} == {"response", "naive_response", str(tmp_path / "text.txt")}
+    names = ["bare base", run.name, "direct"]
+    kinds = ["persona answers", "plain answers", "the text's lines"]
+    assert list(rows) == [(kind, name) for kind in kinds for name in names]
     model, _ = load_run(run, CPU, torch.float32)
     ids = model.tokenizer.encode(text)
     w = model.route(model.encode_queries([text]))
@@ -101,7 +95,7 @@ def test_forgetting_by_hand(run, tmp_path, monkeypatch, capsys):
     for mixing, name in ((None, "bare base"), (w, run.name)):
         logits = model.base.logits(model.base(torch.tensor([ids]), mixing))[0, :-1]
         losses.append(F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item())
-        row = rows[str(tmp_path / "text.txt"), name]
+        row = rows["the text's lines", name]
         assert row["loss per token"][0] == pytest.approx(losses[-1] / (len(ids) - 1), abs=1e-4)
         assert row["bits a byte"] == pytest.approx(losses[-1] / np.log(2) / len(text), abs=1e-3)
     assert row["difference"][0] == pytest.approx((losses[1] - losses[0]) / (len(ids) - 1), abs=1e-4)
@@ -117,7 +111,8 @@ def test_runs_of_different_bases_are_refused(run, tmp_path):
     assert fails_in_one_line(program("experiments.evaluate", "--run", run, "--run", other), other, "was made for the base")
 
 
-@pytest.mark.parametrize("option", ["control", "steering", "routing", "questionnaire", "expression", "forgetting", "comparison"])
+@pytest.mark.parametrize("option", ["control", "steering", "routing", "questionnaire", "expression", "comparison", "feedback",
+                                    "forgetting"])
 def test_each_experiment_has_its_option(option, run, monkeypatch):
     asked = []
     for table in (evaluate.OF_EACH_RUN, evaluate.OF_ALL_RUNS):

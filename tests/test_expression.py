@@ -1,26 +1,20 @@
 """The reader on hand-made texts, its equations, and the tables of expression and routing."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import program, train_arguments
+from conftest import evaluated, program, train_arguments
 from data import held_out, load_records
 from experiments import expression, routing
-from experiments.common import break_ties
-from personafuse import read_settings
+from experiments.common import break_ties, held_out_examples
+from personafuse import load_run, read_settings
 from router import average_precision
 
 CPU = torch.device("cpu")
-
-
-def evaluated(*arguments):
-    """What experiments.evaluate prints with --json, read."""
-    result = program("experiments.evaluate", *arguments, "--json", "--device", "cpu", "--dtype", "fp32")
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 def test_words_pairs_and_punctuation():
@@ -72,17 +66,11 @@ def hand_made(n):
 
 def test_a_reader_reads_what_it_has_learned():
     texts, p = hand_made(200)
-    reader = expression.train_reader(texts[:150], p[:150], 0.03)
+    reader = expression.train_reader(texts[:150], p[:150])
     assert average_precision(reader.scores(texts[150:]), p[150:]).mean() == 1
     scores = reader.scores(["Wow! Let's go!", "what if it breaks?", ""])
     assert scores[0].argmax() == 0 and scores[1].argmax() == 8
     assert scores[2] == pytest.approx(reader.b.numpy(), abs=1e-6)         # nothing read
-
-
-def test_the_penalty_is_chosen_by_cross_validation():
-    texts, p = hand_made(90)
-    best, precision = expression.choose_penalty(texts, p)
-    assert set(precision) == set(expression.PENALTIES) and precision[best] == max(precision.values()) > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +88,7 @@ def test_expression_of_runs(run, one_lora, small_data):
     records = load_records(small_data)
     held = [record for record in records if held_out(record["query"])]
     training = [record for record in records if not held_out(record["query"])]
-    (reading,) = table["how it was read"]
+    (reading,) = table["how it was drawn"]
     assert reading["records"] == len(held)
     # the run's own, as its preset has them
     settings = read_settings(run)
@@ -120,9 +108,13 @@ def test_expression_of_runs(run, one_lora, small_data):
     # every word of the records is a word, few of what random weights write are
     assert rows["the records' responses"]["words, %"] == 100 > rows["bare base"]["words, %"]
     # answers are drawn by the seed
-    answers = table["answers"]
+    assert rows["bare base"][figure] != rows[f"{run.name}, oracle"][figure]
+    result = program("experiments.evaluate", *command, "--json", "--device", "cpu", "--dtype", "fp32")
+    again = json.loads(result.stdout)
+    answers = again.pop("answers")
+    assert again == table
     assert len(answers["bare base"]) == len(held) and answers["bare base"] != answers[f"{run.name}, oracle"]
-    assert evaluated(*command)["answers"] == answers
+    assert answers["the records' responses"] == [record["response"] for record in held]
     result = program("experiments.evaluate", *command, "--limit", 2, "--temperature", 0)
     assert "difference" in result.stdout and "Persona-CoT prompting" in result.stdout
 
@@ -162,13 +154,26 @@ def test_share_of_the_way():
 def test_routing_of_a_run(run):
     table = evaluated("--routing", "--run", run, "--max-new-tokens", 4)[f"{run}, routing"]
     rows = {row["name"]: row for row in table}
+    tau = read_settings(run)["tau"]
+    own, sharp, flat = (f"tau {t:g}" for t in (tau, tau / 2, 2 * tau))
+    assert set(rows) == {"bare base", "oracle", "uniform", sharp, own, flat, "top 1", f"{own}, ranked"}
     assert rows["bare base"]["share of loss"][0] == 0 and rows["oracle"]["share of loss"][0] == 100
-    assert rows["oracle"]["router mAP"] == [1, 1, 1]
-    curve = [rows[f"tau {tau}"] for tau in routing.TAUS]
-    largest = [row["largest weight"] for row in curve]
-    assert largest == sorted(largest, reverse=True) and all(f"tau {tau}, ranked" in rows for tau in routing.TAUS)
+    assert rows["oracle"]["router mAP"] == rows[f"{own}, ranked"]["router mAP"] == [1, 1, 1]
+    largest = [rows[name]["largest weight"] for name in ("top 1", sharp, own, flat, "uniform")]
+    assert largest == sorted(largest, reverse=True) and largest[0] == 1 and largest[-1] == pytest.approx(0.1)
     # a temperature changes no order
-    assert len({tuple(row["router mAP"]) for row in curve}) == 1
-    top = [row for name, row in rows.items() if name.endswith(", top 1")]
-    assert len(top) == 1 and top[0]["largest weight"] == pytest.approx(1)
-    assert any(name.endswith(", top 3") for name in rows)
+    assert rows[own]["router mAP"] == rows[sharp]["router mAP"] == rows[flat]["router mAP"]
+    # at the run's own, the weights are the router's
+    model, _ = load_run(run, CPU, torch.float32)
+    records, _ = held_out_examples(model, read_settings(run), Namespace(data=None, limit=None))
+    w = model.mixing_weights([record["query"] for record in records])
+    assert rows[own]["largest weight"] == pytest.approx(w.max(dim=1).values.mean().item(), abs=1e-6)
+
+
+def test_routing_at_temperatures_by_name():
+    similarity = np.random.default_rng(0).uniform(-1, 1, (6, 10))
+    p = np.eye(10)[:6]
+    weights = routing.curve_weights(similarity, p, 0.1, [0.02, 0.5])
+    assert set(weights) == {"uniform", "top 1", "tau 0.02", "tau 0.5", "tau 0.02, ranked", "tau 0.5, ranked"}
+    expected = np.exp(similarity / 0.5)
+    assert weights["tau 0.5"] == pytest.approx(expected / expected.sum(axis=1, keepdims=True))

@@ -1,13 +1,12 @@
 """The questionnaire: its items, its scoring by hand, and the probabilities that it asks for."""
 
-import json
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import program
+from conftest import evaluated, program
 from data import TRAITS
 from experiments import questionnaire
 from personafuse import load_run
@@ -68,9 +67,7 @@ def test_probabilities_are_those_of_whole_answers(run):
 
 
 def test_the_table_of_a_run(run):
-    result = program("experiments.evaluate", "--run", run, "--questionnaire", "--json", "--dtype", "fp32")
-    assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout)[f"{run}, questionnaire"]
+    rows = evaluated("--run", run, "--questionnaire")[f"{run}, questionnaire"]
     assert [row.pop("name") for row in rows] == ["bare base", *TRAITS, "high - low"]
     assert all(1 <= value <= 5 for row in rows[:-1] for value in row.values())
     result = program("experiments.evaluate", "--run", run, "--questionnaire", "--dtype", "fp32")

@@ -8,7 +8,6 @@ import torch
 
 from data import TRAITS
 from personafuse import build, load_llama, pad
-from experiments.common import pole_auc
 from router import Router, average_precision, keep_top, random_weights
 
 CPU = torch.device("cpu")
@@ -204,13 +203,3 @@ def test_average_precision_by_hand():
     p = np.array([[1, 0, 1, 0], [1, 0, 0, 0]])
     # first query: hits at ranks 1 and 3, (1/1 + 2/3) / 2; second: its only one comes last, 1/4
     assert average_precision(w, p).tolist() == pytest.approx([5 / 6, 0.25])
-
-
-def test_auc_by_hand():
-    w = np.array([[0.9, 0.1], [0.5, 0.1], [0.5, 0.2], [0.1, 0.3]])
-    p = np.array([[1, 1], [0, 1], [1, 1], [0, 1]])
-    auc = pole_auc(w, p)
-    # pole 0: pairs (0.9 > 0.5), (0.9 > 0.1), (0.5 = 0.5), (0.5 > 0.1): 3.5 of 4
-    assert auc[0] == pytest.approx(3.5 / 4)
-    # pole 1 has no query that does not call for it
-    assert math.isnan(auc[1])

@@ -222,7 +222,7 @@ def save(folder, tokenizer, llama):
     tensors = {}
     for name, t in llama.named_parameters():
         tensors[f"model.{name}"] = t.detach().bfloat16()
-    config = read_json(HERE / "config.json", "")
+    config = read_json(HERE / "config.json")
     write_json(folder / "config.json", config)
     with atomic_write(folder / "tokenizer.json") as tmp:
         tokenizer.save(str(tmp))
