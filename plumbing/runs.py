@@ -93,8 +93,8 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             names = os.listdir(self.out)
-            # what a checkout puts into a folder, as .gitkeep, is nobody's work
-            content = [name for name in names if name[0] != "."]
+            # what a fresh disk or a checkout puts into a folder is nobody's work
+            content = [name for name in names if name[0] != "." and name != "lost+found"]
             if content and not OURS & set(names):
                 raise UserError(f"{self.out} holds {min(content)}, which is not of a run: "
                                 "give another --out")

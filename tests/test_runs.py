@@ -287,6 +287,7 @@ def test_a_folder_of_the_users_is_refused(tmp_path, name):
 
 def test_a_folder_without_content_is_used_as_it_is(tmp_path):
     (tmp_path / ".gitkeep").touch()
+    (tmp_path / "lost+found").mkdir()
     train(tmp_path, ALL)
     # it is no part of the run, and does not move with it
     out = tmp_path / "run"
