@@ -26,7 +26,7 @@ from lora import LoRALinear, expert_scales, init_experts, linear, load_experts, 
 from plumbing.files import UserError, atomic_write, read_json, write_json
 from plumbing.models import find_model, model_sha256, published_name
 from plumbing.processes import settle_math
-from router import ROUTES, Router, keep_top, random_weights
+from router import ROUTES, Router, random_weights
 
 
 # ------------------------------------------------------------------------------------------ config
@@ -446,12 +446,12 @@ class PersonaFuse(nn.Module):
             remarks = torch.tensor(remarks, device=self.device)
         return self.router.weights(self.embed(queries), remarks)
 
-    def mixing_weights(self, queries, setting="learned", top_k=None, seed=0, remarks=None):
+    def mixing_weights(self, queries, setting="learned", seed=0, remarks=None):
         """Queries (strings) -> w (n, E), or None for the bare base (setting "none").
 
         setting: one of ROUTES ("random2" is the paper's Random Route 2), or weights by hand as
-        `parse_traits` reads them. A baseline's one LoRA has weight 1 whatever the route. `top_k`
-        keeps only the largest of the router's weights; `remarks` shift them, see Router.weights.
+        `parse_traits` reads them. A baseline's one LoRA has weight 1 whatever the route. `remarks`
+        shift the router's weights, see Router.weights.
         """
         if setting == "none":
             return None
@@ -474,8 +474,7 @@ class PersonaFuse(nn.Module):
         if self.router is None:
             raise UserError("this run has no router yet: run `python train.py --stage 2`, "
                             "or choose another --route")
-        w = self.route(self.encode_queries(queries), remarks)
-        return keep_top(w, top_k) if top_k else w
+        return self.route(self.encode_queries(queries), remarks)
 
 
 def encode_within(tokenizer, queries, format, limit, why):
