@@ -20,15 +20,17 @@ from plumbing.files import UserError, atomic_write, write_json
 
 # every projection of attention and feed-forward, by the names that peft knows too
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# on CPUs with AMX a product of two matrices first rearranges W; one of matrix and vector reads it
+# as it is, at the speed of memory
+AMX = torch.cpu._is_amx_tile_supported()
 
 
 def linear(x, weight, bias=None):
     """y = W x + b, with W (d, k) and b (d,) cast to x's type where they are used; x (..., k)."""
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    # one token alone, in generation: a product of matrix and vector reads W at the speed of memory,
-    # where the product of two matrices would first rearrange it
-    if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+    if AMX and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+        # one token alone, in generation
         vector = x.reshape(-1)                                  # (k,)
         y = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
         return y.view(*x.shape[:-1], -1)

@@ -155,17 +155,20 @@ class RMSNorm(nn.Module):
 
 
 class Cache:
-    """Keys and values of the tokens read so far: room for `capacity` tokens of one sequence."""
+    """Keys and values of the tokens read so far: `rows` sequences with room for `capacity` tokens,
+    read in step.
+    """
 
-    def __init__(self, llama, capacity):
-        config = llama.config
-        shape = (config.num_hidden_layers, 1, config.num_key_value_heads, capacity, config.head_dim)
-        self.k = torch.empty(shape, dtype=llama.dtype, device=llama.device)
-        self.v = torch.empty_like(self.k)
+    def __init__(self, llama, capacity, rows=1):
+        c = llama.config
+        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim)
+        # not empty: what a mask hides still must not be NaN
+        self.k = torch.zeros(shape, dtype=llama.dtype, device=llama.device)
+        self.v = torch.zeros_like(self.k)
         self.length = 0
 
     def update(self, layer, k, v):
-        """Add k, v (1, K, T, c) of new tokens -> all so far (1, K, length + T, c), as views."""
+        """Add k, v (B, K, T, c) of new tokens -> all so far (B, K, length + T, c), as views."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
@@ -271,8 +274,8 @@ class Llama(nn.Module):
         """tokens (B, T) -> hidden states (B, T, d); see `logits`.
 
         w (B, E) mixes the experts; None is the bare base. With a `cache`, tokens are either the
-        beginning of a sequence or one further token. `positions` (B, T) and `mask` are for who
-        keeps several sequences in a cache. `checkpointing` recomputes each block in the backward
+        beginning of a sequence or one further token. `positions` (B, T) and `mask` are for
+        sequences of several lengths in a cache. `checkpointing` recomputes each block in the backward
         pass instead of keeping what it computed.
         """
         T = tokens.shape[1]

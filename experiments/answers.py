@@ -52,15 +52,11 @@ def write_answers(model, texts, w, max_new_tokens, cot=False, **sampling):
         max_new_tokens += COT_TOKENS
     tokenizer = model.tokenizer
     prompts = model.encode_prompts(texts, max_new_tokens)
-    # like lengths run side by side: the cache is read as far as the longest
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    in_order = [prompts[i] for i in order]
-    w = None if w is None else w[order]
-    written = generate_batch(model.base, in_order, max_new_tokens, tokenizer.stop, w, **sampling)
+    written = generate_batch(model.base, prompts, max_new_tokens, tokenizer.stop, w, **sampling)
     answers = [""] * len(texts)
-    for k, ids in tqdm(written, "answers", len(texts), leave=False):
+    for i, ids in tqdm(written, "answers", len(texts), leave=False):
         answer = tokenizer.decode(ids)
-        answers[order[k]] = (cot_response(answer) if cot else answer).strip()
+        answers[i] = (cot_response(answer) if cot else answer).strip()
     return answers
 
 

@@ -51,6 +51,9 @@ def own_turns(folder):
         source = read_text(path)
     if not source:
         return None
+    # blocks of transformers' own around what an assistant says, for masks: here without effect
+    source = re.sub(r"(\{%[+-]?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"(\{%[+-]?\s*)endgeneration\b", r"\1endif", source)
     # what it may use: bos_token and its like, as text or as {"content": text, ...}
     names = {"tools": None, "documents": None, "add_generation_prompt": True}
     for key, value in config.items():

@@ -199,7 +199,7 @@ class Run:
 
     def metrics(self):
         """The lines of metrics.jsonl as dicts, but for those that a full disk or a crash broke."""
-        if not self.metrics_file.exists():
+        if not self.metrics_file.is_file():
             return []
         lines = []
         for text in self.metrics_file.read_bytes().splitlines():

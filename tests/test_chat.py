@@ -42,6 +42,9 @@ LLAMA2 = ("{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 
           "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
 # no control token of its own, blocks on lines of their own, the end of an answer only a text
 OWN = "{% for m in messages %}\n  {% if true %}\n<{{ m.role }}>{{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+# with the marks that tell trainers what an assistant says
+MARKED = ("{% for m in messages %}\n{% if m.role == 'user' %}\n<user>{{ m.content }}\n{% else %}<it>{%- generation %}\n "
+          "{{ m.content }}</s>\n  {% endgeneration -%}\n{% endif %}{% endfor %}{% if add_generation_prompt %}<it>{% endif %}")
 SMOL = CHATML % "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 QWEN = CHATML % "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 QWEN2 = CHATML % "You are a helpful assistant."
@@ -54,6 +57,7 @@ FAMILIES = {
     "falcon3": (FALCON, [END, ">>QUESTION<<"], None, END),
     "llama2": (LLAMA2, [END, "<s>", "</s>"], "<s>", "</s>"),
     "own": (OWN, [END], None, END),
+    "marked": (MARKED, [END], None, END),
 }
 IN_TABLE = ["smollm2", "qwen25", "llama31", "falcon3"]
 
