@@ -174,10 +174,6 @@ class Cache:
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def advance(self, tokens):
-        """Once every layer has added its keys and values, they count."""
-        self.length += tokens
-
 
 class Attention(nn.Module):
     """Grouped-query attention: H/K query heads share a key/value head."""
@@ -254,6 +250,7 @@ class Llama(nn.Module):
     def __init__(self, config, experts=0, rank=0, alpha=0, dtype=torch.float32):
         super().__init__()
         self.config = config
+        self.experts = experts
         self.rank = rank
         self.alpha = alpha
         self.dtype = dtype
@@ -298,7 +295,8 @@ class Llama(nn.Module):
             else:
                 x = block(x, cos, sin, scales, cache, mask)             # (B, T, d)
         if cache:
-            cache.advance(T)
+            # every layer has added its keys and values: now they count
+            cache.length += T
         return self.norm(x)
 
     def logits(self, hidden):
@@ -396,8 +394,7 @@ class PersonaFuse(nn.Module):
 
     @property
     def experts(self):
-        A = getattr(self.base.layers[0].self_attn.q_proj, "A", ())      # (E·rank, k)
-        return len(A) // max(1, self.base.rank)                         # 0: the bare base
+        return self.base.experts                # 0: the bare base
 
     @property
     def device(self):
