@@ -29,7 +29,9 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # what comes along from the base's folder as it is, where it is there
 COPIED = ["tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
           "merges.txt", "chat_template.jinja"]
-TEMPLATE = """
+# a run's chat format for others; PARTS are the texts between what user and assistant say
+TEMPLATE = """\
+{%- set first, tail, before, later, end = PARTS %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
         {{- first if loop.first else later }}{{ message.content | trim }}{{ tail }}
@@ -112,11 +114,9 @@ def chat_template(tokenizer):
     before, later = text(tokenizer.later).split("{answer}")
     later = later.split("{query}")[0]
     end = text([tokenizer.answer.split("{answer}")[1], tokenizer.end])
-    names = {"first": first, "tail": tail, "before": before, "later": later, "end": end}
-    # a string of JSON is one of jinja's too, if it leaves letters as they are
-    lines = [f"{{%- set {name} = {json.dumps(part, ensure_ascii=False)} %}}"
-             for name, part in names.items()]
-    return "\n".join(lines) + TEMPLATE
+    # JSON is read by jinja too, if it leaves letters as they are
+    parts = json.dumps([first, tail, before, later, end], ensure_ascii=False)
+    return TEMPLATE.replace("PARTS", parts)
 
 
 def main():

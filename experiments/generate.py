@@ -50,6 +50,7 @@ def generate_records(args):
     jobs = [[PROMPTS[key].replace("{query}", query) for key in keys] for query in todo]
     answered = server_answers(args.server, args.model, jobs, args.max_new_tokens, args.workers)
 
+    problem = None
     failures_in_a_row = 0
     # delayed, so that a server that is down is said in one line
     for i, answers in tqdm(answered, total=len(jobs), delay=1):
@@ -62,37 +63,38 @@ def generate_records(args):
                 break
             continue
         failures_in_a_row = 0
-        outcome, record = conclude(todo[i], keys, answers)
-        record.pop("p", None)           # it follows from the traits
+        line = conclude(todo[i], keys, answers)
+        line.pop("p", None)             # it follows from the traits
         # only now: a run that fails at once leaves no trace
         if not outcomes:
             write_json(args.out + SETTINGS, settings)
-        append_line(args.out if outcome == "kept" else args.out + DROPPED, record)
-        outcomes[todo[i]] = outcome
+        append_line(args.out + DROPPED if "reason" in line else args.out, line)
+        outcomes[todo[i]] = line.get("reason", "kept")
 
-    counts = Counter(outcomes[query] for query in queries if query in outcomes)
-    listed = "".join(f", {n} {outcome}" for outcome, n in counts.most_common())
-    summary = f"{args.out}: {counts.total()} of {len(queries)} queries{listed}"
-    if counts.total() < len(queries):
-        raise UserError(f"{summary}; the others got no answer ({problem}): see to the server, "
-                        "then repeat the same command to go on")
-    print(summary)
+    counts = Counter(outcomes.values()).most_common()
+    done = ", ".join(f"{n} {outcome}" for outcome, n in counts)
+    if problem:
+        raise UserError(f"not all of {len(queries)} queries got an answer ({problem}); on disk: "
+                        f"{done or 'nothing'}; see to the server, then repeat the same command to "
+                        "go on")
+    print(f"{args.out}: {done}")
 
 
 def conclude(query, keys, answers):
-    """A query and its answers, or a ValueError in their place -> "kept" or the reason to drop it,
-    and the line to write.
+    """A query and its answers, or a ValueError in their place -> a record, or, where none can be
+    made of them, {"query": ..., "reason": ..., "answers": ...}.
     """
     try:
         if isinstance(answers, ValueError):
             raise answers
-        others = dict(zip(keys[1:], answers[1:]))
-        return "kept", check_record({"query": query} | parse_answer(answers[0]) | others, keys)
+        record = {"query": query} | dict(zip(keys, answers)) | parse_answer(answers[0])
+        return check_record(record, keys)
     except ValueError as error:
-        reason = str(error).split(":")[0]       # without details: they are counted
+        # without details: reasons are counted
+        reason = str(error).split(":")[0]
         # the answers stay beside it, to see what a prompt or a parser has to learn
         texts = [] if error is answers else answers
-        return reason, {"query": query, "reason": reason, "answers": texts}
+        return {"query": query, "reason": reason, "answers": texts}
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -126,16 +128,16 @@ def read_outcomes(out, settings):
             # half a line, of a run that was interrupted: the next must not stick to it
             os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)
             for _, line in read_lines(path):
-                record = json.loads(line)
-                outcomes[record["query"]] = record.get("reason", "kept")
+                done = json.loads(line)
+                outcomes[done["query"]] = done.get("reason", "kept")
     return outcomes
 
 
-def append_line(path, record):
+def append_line(path, line):
     """Add a line to a JSONL file; on return it is on disk."""
     try:
         with open(path, "a", encoding="utf-8", errors="replace") as file:
-            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+            print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
             os.fsync(file.fileno())     # an answer may have cost money: not even a crash loses it
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; make room, then repeat the "
@@ -157,7 +159,7 @@ def show_query(args):
     ids = generate(llama, tokenizer.encode_prompt(prompt), args.max_new_tokens, tokenizer.stop)
     answer = tokenizer.decode(list(ids))
     print(f"{' the answer ':-^100}\n{answer}\n{' what is read in it ':-^100}")
-    _, record = conclude(args.query, ["response"], [answer])
+    record = conclude(args.query, ["response"], [answer])
     for key, value in record.items():
         print(f"{key}: {value}")
 
@@ -166,7 +168,7 @@ def write_queries(args):
     """Sample queries and write them as JSONL."""
     queries = sample_queries(args.source.split(","), args.n, args.seed, args.field)
     with atomic_write(args.out) as tmp:
-        tmp.write_text("".join(json.dumps(record) + "\n" for record in queries), encoding="utf-8")
+        tmp.write_text("\n".join(map(json.dumps, queries)) + "\n")
 
 
 def check_file(args):
@@ -191,33 +193,33 @@ def parse_arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="one query's way through the five steps")
-    show.add_argument("query")
-    show.add_argument("--model", required=True,
-                      help="tiny, falcon3-10b, ..., owner/model on the hub, or a folder")
     generate = commands.add_parser("generate", help="queries to records; repeat it to go on")
+    sample = commands.add_parser("queries", help="sample queries from data sets or files")
+    check = commands.add_parser("check", help="validate a data file and show its balance")
+
+    show.add_argument("query")
+    for add in (show.add_argument, generate.add_argument):
+        add("--model", required=True,
+            help="of generate its name on the server; of show tiny, falcon3-10b, ..., owner/model "
+                 "on the hub, or a folder")
+        add("--max-new-tokens", type=number(int, 1), default=1024,
+            help="an answer that needs more is dropped")
     add = generate.add_argument
-    add("--queries", required=True, metavar="FILE",
-        help="JSONL with a `query` in each line, or .txt, one a line")
-    add("--out", required=True, metavar="FILE", help="JSONL")
-    add("--server", required=True, metavar="URL",
-        help="OpenAI-compatible; its key in OPENAI_API_KEY")
-    add("--model", required=True, help="its name there")
+    add("--server", required=True, help="URL, OpenAI-compatible; its key in OPENAI_API_KEY")
+    add("--queries", required=True, help="JSONL with a `query` in each line, or .txt, one a line")
+    add("--out", required=True, help="JSONL")
     add("--naive", action="store_true", help="add naive_response, for the Direct baseline")
     add("--human-like", action="store_true",
         help="add human_like_response, for the Human-Like baseline")
     add("--workers", type=number(int, 1), default=16, help="requests at a time")
-    for command in (show, generate):
-        command.add_argument("--max-new-tokens", type=number(int, 1), default=1024,
-                             help="an answer that needs more is dropped")
-    queries = commands.add_parser("queries", help="sample queries from data sets or files")
-    add = queries.add_argument
+
+    add = sample.add_argument
     add("--source", required=True, help=f"{', '.join(SOURCES)}, or FILE; or several, with commas")
     add("--field", help="where a FILE holds the queries: a text or a list of turns")
     add("--n", type=number(int, 1), required=True,
         help="how many, in equal parts; the paper took 100000 from the four")
     add("--seed", type=int, default=0)
-    add("--out", required=True, metavar="FILE", help="JSONL")
-    check = commands.add_parser("check", help="validate a data file and show its balance")
+    add("--out", required=True, help="JSONL")
     check.add_argument("file")
     return parser.parse_args()
 

@@ -36,9 +36,7 @@ def sample_queries(sources, n, seed, field=None):
             if 3 <= len(words) <= 1000:
                 records.setdefault(words, {"query": query, "source": source})
         print(f"{source}: {len(records) - before} of {wanted} queries")
-    shuffled = list(records.values())
-    random.Random(seed).shuffle(shuffled)
-    return shuffled
+    return random.Random(seed).sample(list(records.values()), len(records))
 
 
 def open_source(source, field, seed):
@@ -47,8 +45,7 @@ def open_source(source, field, seed):
         name, part, field = SOURCES[source]
         return read_hub(name, part, seed), field
     rows = read_file(source)
-    random.Random(seed).shuffle(rows)
-    return rows, field
+    return random.Random(seed).sample(rows, len(rows)), field
 
 
 def read_hub(name, part, seed):

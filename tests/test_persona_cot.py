@@ -223,7 +223,7 @@ def test_records_have_the_bundled_keys_and_pass_check(server, tmp_path, monkeypa
     assert records[0]["naive_response"] == "About Question 0?"
     run(monkeypatch, "check", tmp_path / "out.jsonl")
     shown = capsys.readouterr().out
-    assert "6 of 6 queries, 6 kept" in shown and "6 records" in shown and "low neuroticism" in shown and "100.0%" in shown
+    assert "out.jsonl: 6 kept\n" in shown and "6 records" in shown and "low neuroticism" in shown and "100.0%" in shown
 
 
 def test_server_that_misbehaves_is_asked_again(server, tmp_path, monkeypatch, impatient):
@@ -251,13 +251,13 @@ def test_counts_by_reason(server, tmp_path, monkeypatch, capsys):
     server.reply = lambda query, before: replies.get(query, (200, PLAIN))
     generate(monkeypatch, server, tmp_path)
     shown = capsys.readouterr().out
-    for part in ("6 of 6 queries, 2 kept", "1 cut off by the token limit", "1 no response", "1 both poles of one trait",
+    for part in ("out.jsonl: 2 kept, ", "1 cut off by the token limit", "1 no response", "1 both poles of one trait",
                  "1 longer than the context"):
         assert part in shown
     assert {r["query"]: r["reason"] for r in lines(tmp_path / "out.jsonl.dropped.jsonl")}["Question 1?"] == "no response"
     asked = len(server.log)
     generate(monkeypatch, server, tmp_path)                                             # all done: nobody is asked again
-    assert len(server.log) == asked and "6 of 6 queries, 2 kept" in capsys.readouterr().out
+    assert len(server.log) == asked and "out.jsonl: 2 kept, " in capsys.readouterr().out
 
 
 def test_server_down_at_the_start(tmp_path):
@@ -276,7 +276,7 @@ def test_model_that_is_not_there(tmp_path):
 
 def test_server_that_dies_midway(server, tmp_path, monkeypatch, impatient):
     server.reply = lambda query, before: (200, PLAIN) if len(server.log) <= 2 else (503, b"gone")
-    with pytest.raises(UserError, match="no answer.*HTTP 503.*repeat the same command"):
+    with pytest.raises(UserError, match="not all of 6 queries got an answer.*HTTP 503.*repeat the same command"):
         generate(monkeypatch, server, tmp_path, "--workers", 1)
     assert len(lines(tmp_path / "out.jsonl")) == 2
     server.reply = lambda query, before: (200, PLAIN)
@@ -286,7 +286,7 @@ def test_server_that_dies_midway(server, tmp_path, monkeypatch, impatient):
 
 def test_one_query_that_breaks_the_server_does_not_stop_the_rest(server, tmp_path, monkeypatch, impatient):
     server.reply = lambda query, before: (500, b"") if query == "Question 2?" else (200, PLAIN)
-    with pytest.raises(UserError, match="5 of 6 queries, 5 kept; the others got no answer.*HTTP 500"):
+    with pytest.raises(UserError, match="not all of 6 queries got an answer.*HTTP 500.*on disk: 5 kept;"):
         generate(monkeypatch, server, tmp_path)
     assert len(lines(tmp_path / "out.jsonl")) == 5
 
@@ -314,7 +314,7 @@ def test_queries_may_be_added(server, tmp_path, monkeypatch, capsys):
     server.log.clear()
     generate(monkeypatch, server, tmp_path, n=7)
     assert [entry[2] for entry in server.log] == ["Question 6?"]
-    assert len(lines(tmp_path / "out.jsonl")) == 7 and "7 of 7 queries, 7 kept" in capsys.readouterr().out
+    assert len(lines(tmp_path / "out.jsonl")) == 7 and "out.jsonl: 7 kept\n" in capsys.readouterr().out
 
 
 def test_out_of_others_is_left_alone(server, tmp_path, monkeypatch):
