@@ -86,8 +86,7 @@ def read_traits(text):
             if own:
                 found.append(f"{own} {trait}".title().replace("Extro", "Extra"))
             # the rest of the line explains this trait
-            rest = line[match.end():].lstrip("*_ ")
-            if rest.startswith((":", "–", "—", "- ")):
+            if re.match("[*_ ]*(:|–|—|- )", line[match.end():]):
                 break
         if not found:
             break

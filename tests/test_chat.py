@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, processors
 
 from data import check_record, load_records, make_examples
 from plumbing.chat import ChatTokenizer, untrained
-from experiments.chat_template import chat_template
+from experiments.export import chat_template
 from plumbing.files import UserError
 
 transformers = pytest.importorskip("transformers")

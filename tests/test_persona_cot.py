@@ -193,7 +193,8 @@ def server():
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(asking, "ask", partial(asking.ask, wait=0.01, timeout=0.3))
+    monkeypatch.setattr(asking, "PAUSES", [pause / 100 for pause in asking.PAUSES])
+    monkeypatch.setattr(asking, "TIMEOUT", 0.3)
 
 
 def run(monkeypatch, *argv):
@@ -222,7 +223,7 @@ def test_records_have_the_bundled_keys_and_pass_check(server, tmp_path, monkeypa
     assert records[0]["naive_response"] == "About Question 0?"
     run(monkeypatch, "check", tmp_path / "out.jsonl")
     shown = capsys.readouterr().out
-    assert "6 kept, 0 dropped" in shown and "6 records" in shown and "low neuroticism" in shown and "100.0%" in shown
+    assert "out.jsonl: 6 kept\n" in shown and "6 records" in shown and "low neuroticism" in shown and "100.0%" in shown
 
 
 def test_server_that_misbehaves_is_asked_again(server, tmp_path, monkeypatch, impatient):
@@ -240,7 +241,7 @@ def test_server_that_misbehaves_is_asked_again(server, tmp_path, monkeypatch, im
 
 def test_url_with_v1_and_without_are_the_same(server):
     for url in (server.url, server.url + "/", server.url + "/v1", server.url + "/v1/", server.url.removeprefix("http://")):
-        assert asking.ask(url, "m", "Hi") == PLAIN
+        assert asking.ask(url, "m", "Hi", 9) == PLAIN
     assert {entry[0] for entry in server.log} == {"/v1/chat/completions"}
 
 
@@ -250,13 +251,13 @@ def test_counts_by_reason(server, tmp_path, monkeypatch, capsys):
     server.reply = lambda query, before: replies.get(query, (200, PLAIN))
     generate(monkeypatch, server, tmp_path)
     shown = capsys.readouterr().out
-    for part in ("2 kept, 4 dropped", "1 cut off by the token limit", "1 no response", "1 both poles of one trait",
+    for part in ("out.jsonl: 2 kept, ", "1 cut off by the token limit", "1 no response", "1 both poles of one trait",
                  "1 longer than the context"):
         assert part in shown
     assert {r["query"]: r["reason"] for r in lines(tmp_path / "out.jsonl.dropped.jsonl")}["Question 1?"] == "no response"
     asked = len(server.log)
     generate(monkeypatch, server, tmp_path)                                             # all done: nobody is asked again
-    assert len(server.log) == asked and "2 kept, 4 dropped" in capsys.readouterr().out
+    assert len(server.log) == asked and "out.jsonl: 2 kept, " in capsys.readouterr().out
 
 
 def test_server_down_at_the_start(tmp_path):
@@ -275,7 +276,7 @@ def test_model_that_is_not_there(tmp_path):
 
 def test_server_that_dies_midway(server, tmp_path, monkeypatch, impatient):
     server.reply = lambda query, before: (200, PLAIN) if len(server.log) <= 2 else (503, b"gone")
-    with pytest.raises(UserError, match="no answer.*HTTP 503.*repeat the same command"):
+    with pytest.raises(UserError, match="not all of 6 queries got an answer.*HTTP 503.*repeat the same command"):
         generate(monkeypatch, server, tmp_path, "--workers", 1)
     assert len(lines(tmp_path / "out.jsonl")) == 2
     server.reply = lambda query, before: (200, PLAIN)
@@ -285,7 +286,7 @@ def test_server_that_dies_midway(server, tmp_path, monkeypatch, impatient):
 
 def test_one_query_that_breaks_the_server_does_not_stop_the_rest(server, tmp_path, monkeypatch, impatient):
     server.reply = lambda query, before: (500, b"") if query == "Question 2?" else (200, PLAIN)
-    with pytest.raises(UserError, match="1 queries got no answer.*5 kept, 0 dropped are on disk"):
+    with pytest.raises(UserError, match="not all of 6 queries got an answer.*HTTP 500.*on disk: 5 kept;"):
         generate(monkeypatch, server, tmp_path)
     assert len(lines(tmp_path / "out.jsonl")) == 5
 
@@ -313,12 +314,12 @@ def test_queries_may_be_added(server, tmp_path, monkeypatch, capsys):
     server.log.clear()
     generate(monkeypatch, server, tmp_path, n=7)
     assert [entry[2] for entry in server.log] == ["Question 6?"]
-    assert len(lines(tmp_path / "out.jsonl")) == 7 and "7 kept, 0 dropped of 7 queries" in capsys.readouterr().out
+    assert len(lines(tmp_path / "out.jsonl")) == 7 and "out.jsonl: 7 kept\n" in capsys.readouterr().out
 
 
 def test_out_of_others_is_left_alone(server, tmp_path, monkeypatch):
     (tmp_path / "out.jsonl").write_text("my notes")
-    with pytest.raises(UserError, match="not made by this program"):
+    with pytest.raises(UserError, match="made with another program"):
         generate(monkeypatch, server, tmp_path)
     assert (tmp_path / "out.jsonl").read_text() == "my notes" and server.log == []
 
@@ -358,15 +359,16 @@ def test_killed_and_started_again_it_ends_as_if_undisturbed(server, tmp_path):
     assert len(asked) == 40 - len(done) and not done & asked
 
 
-def test_full_disk_leaves_whole_lines(server, tmp_path):
+def test_full_disk_loses_no_whole_line(server, tmp_path):
     server.reply = scripted
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2000, 2000))            # the write that passes this fails
     out = tmp_path / "out.jsonl"
     done = subprocess.run(command(server, tmp_path, out), cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 2 and "cannot write" in done.stderr and "repeat the command" in done.stderr
-    assert out.read_bytes().endswith(b"}\n") and 1 <= len(lines(out)) < 36
+    whole = out.read_text().splitlines()[:-1]                                           # the last is cut in two
+    assert 1 <= len(whole) < 36
     subprocess.run(command(server, tmp_path, out), cwd=ROOT, check=True, capture_output=True)
-    assert len(lines(out)) == 36
+    assert len(lines(out)) == 36 and out.read_text().splitlines()[:len(whole)] == whole
 
 
 def test_ctrl_c_does_not_wait_for_the_server(server, tmp_path):
@@ -393,16 +395,13 @@ def test_show_by_a_model_itself(tmp_path, monkeypatch, capsys):
     assert f"\n{chat.decode(ids[-7:])}\n" in answer and "reason: no response" in answer
 
 
-def test_show_tells_each_step_or_why_it_is_dropped(server, monkeypatch, capsys):
-    run(monkeypatch, "show", "I feel anxious", "--server", server.url, "--model", "m")
+def test_show_tells_what_is_read(tmp_path, monkeypatch, capsys):
+    model = make_model(tmp_path / "model", max_position_embeddings=1400)
+    monkeypatch.setattr(ChatTokenizer, "decode", lambda self, ids: PLAIN)               # a model that keeps to the form
+    run(monkeypatch, "show", "I feel anxious", "--model", model, "--max-new-tokens", 2)
     shown = capsys.readouterr().out
     for part in ("Step 4", "I feel anxious", "social_cue: The user sounds worried", "p: (0, 0, 1, 0, 0, 0, 1, 0, 0, 1)"):
         assert part in shown
-    server.reply = lambda query, before: (200, "Cheer up!")
-    run(monkeypatch, "show", "I feel anxious", "--server", server.url, "--model", "m")
-    assert "Cheer up!" in (shown := capsys.readouterr().out) and "reason: no response" in shown
-    with pytest.raises(UserError, match="no answer: .*127.0.0.1:9"):
-        run(monkeypatch, "show", "I feel anxious", "--server", "127.0.0.1:9", "--model", "m")
 
 
 # --------------------------------------------------------------------------------------------------------------- sources
@@ -411,8 +410,10 @@ SHAREGPT = [{"id": "a1", "conversations": [{"from": "human", "value": "Tell me a
                                            {"from": "gpt", "value": "<p>SAS</p>"}]},
             {"id": "a2", "conversations": [{"from": "gpt", "value": "goes on from the page before"},
                                            {"from": "human", "value": "go on with it please"}]},
-            {"id": "a3", "conversations": [{"from": "system", "value": "Be nice."},
-                                           {"from": "human", "value": "tell me  about sas."}]},
+            {"id": "a3", "conversations": [{"from": "human", "value": "tell me  about sas."}]},
+            {"id": "a7", "conversations": [{"from": "system", "value": "Be nice."},
+                                           {"from": "human", "value": "and answer me this please"}]},
+            {"id": "a8", "conversations": [{"from": "human", "value": None}]},
             {"id": "a4", "conversations": [{"from": "human", "value": "hi there"}]},
             {"id": "a5", "conversations": []},
             {"id": "a6", "conversations": [{"from": "human", "value": "word " * 1001}]}]
@@ -478,7 +479,7 @@ def test_sample_is_even_repeatable_and_depends_on_the_seed(tmp_path, monkeypatch
 
     first = sample(1)
     assert len(set(first)) == 101 - 1 and sum(q.startswith("Other") for q in first) == 50
-    assert "51 were wanted" in capsys.readouterr().out
+    assert "b.jsonl: 50 of 51 queries" in capsys.readouterr().out
     assert sample(1) == first and sample(2) != first
     numbers = [int(q.split()[2].rstrip(",")) for q in sample(3, 1000) if q.startswith("Question")]
     assert len(numbers) == 500 and 1100 < sum(numbers) / 500 < 1400                     # from all over the file
@@ -493,8 +494,12 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text('{"text": "one two three"}\n{"te')
     (tmp_path / "y.jsonl").write_text('{"text": "one two three"}\n')
     refused("pip install datasets", "--source", "wildchat")
-    refused("no/such.csv: No such file", "--source", "no/such.csv", "--field", "text")
-    refused("needs --field", "--source", tmp_path / "x.jsonl")
+    refused("no/such.csv.*No such file", "--source", "no/such.csv", "--field", "text")
+    refused("give --field", "--source", tmp_path / "y.jsonl")
+    (tmp_path / "z.jsonl").write_text('{"text": ["one two three"]}\n')
+    (tmp_path / "o.json").write_text('{"text": "one two three"}')
+    refused("give --field", "--source", tmp_path / "z.jsonl", "--field", "text")
+    refused("give --field", "--source", tmp_path / "o.json", "--field", "text")
     refused("'query'.*text", "--source", tmp_path / "y.jsonl", "--field", "query")
     refused("cannot read", "--source", tmp_path / "x.jsonl", "--field", "text")
     assert not (tmp_path / "q.jsonl").exists()
@@ -524,27 +529,24 @@ def test_check_of_the_bundled_set(monkeypatch, capsys):
     assert "response: 42 to 130 words" in shown
 
 
-def test_check_names_every_bad_line(tmp_path, monkeypatch, capsys):
+def test_check_refuses_what_training_refuses(tmp_path, monkeypatch):
     good = {"query": "Hi?", "response": "Hello.", "social_traits": ["High Openness"], "task_traits": []}
-    rows = [good, good, {**good, "query": "a", "task_traits": ["Low Openness"]},
-            {**good, "query": "b", "social_traits": ["Kind"]}]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "{oops\n")
-    with pytest.raises(UserError, match="4 bad lines"):
-        run(monkeypatch, "check", tmp_path / "d.jsonl")
-    shown = capsys.readouterr().out
-    for part in ("line 2: repeats", "line 3: both poles", "line 4: unknown trait 'Kind'", "line 5: ", "1 records"):
-        assert part in shown
+    for bad, match in ((json.dumps(good | {"task_traits": ["Low Openness"]}), "line 2: both poles"),
+                       (json.dumps(good | {"social_traits": ["Kind"]}), "line 2: unknown trait 'Kind'"),
+                       ('{oops', "line 2: "),
+                       (json.dumps(good | {"response": "So happy \ud83d today"}), "line 2: ")):
+        path = tmp_path / "d.jsonl"
+        path.write_text(json.dumps(good) + "\n" + bad + "\n")
+        for refuse in (load_records, lambda path: run(monkeypatch, "check", path)):
+            with pytest.raises(UserError, match=match):
+                refuse(path)
 
 
-def test_check_refuses_half_an_emoji_as_training_does(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "d.jsonl"
-    path.write_text('{"query": "Hi?", "response": "So happy \\ud83d today", '
-                    '"social_traits": ["High Openness"], "task_traits": []}\n')
-    with pytest.raises(UserError, match="line 1"):
-        load_records(path)
-    with pytest.raises(UserError, match="1 bad lines"):
-        run(monkeypatch, "check", path)
-    assert "line 1: " in capsys.readouterr().out
+def test_check_counts_queries_that_stand_twice(tmp_path, monkeypatch, capsys):
+    good = {"query": "Hi?", "response": "Hello.", "social_traits": ["High Openness"], "task_traits": []}
+    (tmp_path / "d.jsonl").write_text(2 * (json.dumps(good) + "\n"))
+    run(monkeypatch, "check", tmp_path / "d.jsonl")
+    assert "2 records with 1 queries" in capsys.readouterr().out
 
 
 def test_an_answer_with_half_an_emoji_is_dropped(server, tmp_path, monkeypatch):
@@ -554,7 +556,8 @@ def test_an_answer_with_half_an_emoji_is_dropped(server, tmp_path, monkeypatch):
     generate(monkeypatch, server, tmp_path, n=2)
     kept, dropped = lines(tmp_path / "out.jsonl"), lines(tmp_path / "out.jsonl.dropped.jsonl")
     assert [r["query"] for r in kept] == ["Question 0?"]
-    assert [(r["query"], r["reason"]) for r in dropped] == [("Question 1?", "half a character")]
+    (record,) = dropped
+    assert record["query"] == "Question 1?" and "can't encode character" in record["reason"]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path, monkeypatch):
@@ -568,12 +571,12 @@ def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path, monkeypatch):
 
 def test_queries_that_cannot_be_read(server, tmp_path, monkeypatch):
     for name, text, match in (("a.jsonl", '{"query": 3}\n', "line 1"), ("b.jsonl", "What now?\n", "line 1.*\\.txt"),
-                              ("c.jsonl", "", "no queries")):
+                              ("c.jsonl", "[3]\n", "line 1"), ("d.jsonl", "3\n", "line 1")):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=match):
             run(monkeypatch, "generate", "--server", server.url, "--model", "m", "--queries", tmp_path / name,
                 "--out", tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write .*no/out.jsonl"):
         generate(monkeypatch, server, tmp_path, "--out", tmp_path / "no/out.jsonl")
     with pytest.raises(SystemExit):
         generate(monkeypatch, server, tmp_path, "--workers", 0)
