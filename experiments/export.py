@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from lora import merge
 from personafuse import load_run
-from plumbing.files import UserError, read_json, run_program, write_json
+from plumbing.files import UserError, read_json, read_text, run_program, write_json
 from sample import check_query, newest_run
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -63,6 +63,9 @@ def export(model, w, folder, out):
                     shutil.copyfile(folder / name, whole / name)
             write_configs(model.base, folder, whole, model.tokenizer)
             write_tokenizer(folder, whole, model.tokenizer)
+            for path in whole.glob("*.safetensors"):
+                # they were saved for their owner alone
+                shutil.copymode(whole / "config.json", path)
             whole.rename(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {error}")
@@ -94,8 +97,11 @@ def write_tokenizer(folder, out, tokenizer):
         "eos_token": tokenizer.tokenizer.id_to_token(tokenizer.end),
         "clean_up_tokenization_spaces": False,
     }
-    if tokenizer.source != "own":
-        (out / "chat_template.jinja").unlink(missing_ok=True)
+    own = out / "chat_template.jinja"
+    template = read_text(own) if own.exists() else str(settings.get("chat_template"))
+    # one that tells the date writes another prompt every day
+    if tokenizer.source != "own" or "strftime_now" in template:
+        own.unlink(missing_ok=True)
         settings["chat_template"] = chat_template(tokenizer)
     write_json(out / "tokenizer_config.json", settings)
 

@@ -110,7 +110,10 @@ def read_queries(path):
         except Exception:               # no JSON, no object, no such key, no text
             raise UserError(f'{path}, line {n}: no JSON object with a text as "query" '
                             "(plain lines: call the file .txt)")
-    return list(filter(None, dict.fromkeys(queries)))
+    queries = list(filter(None, dict.fromkeys(queries)))
+    if not queries:
+        raise UserError(f"{path} holds no queries")
+    return queries
 
 
 def read_outcomes(out, settings):

@@ -65,6 +65,7 @@ def read_file(path):
     """The rows of a CSV or JSON file, or of one of any other name with JSON in each line."""
     try:
         if str(path).endswith(".csv"):
+            csv.field_size_limit(2**31 - 1)     # conversations are longer than the default
             return list(csv.DictReader(io.StringIO(read_text(path))))
         if str(path).endswith(".json"):
             return list(json.loads(read_text(path)))

@@ -55,6 +55,13 @@ def own_template(folder):
          "chat_template": OTHER}))
 
 
+def dated(folder):
+    """A template that tells the date: in training it was the same every day."""
+    own_template(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("{% for", "{{ strftime_now('%d %b %Y') }}{% for", 1))
+
+
 def llama3(folder):
     """A BOS that the tokenizer puts in front by itself, and two end tokens in one file."""
     make_model(folder, special=LLAMA3_TOKENS, rope_scaling=LLAMA3, bos_token_id=0, eos_token_id=1,
@@ -71,7 +78,7 @@ def qwen2(folder):
     make_model(folder, model_type="qwen2", special=CHAT_TOKENS)
 
 
-BASES = [plain, untied, chat, own_template, llama3, qwen2]
+BASES = [plain, untied, chat, own_template, dated, llama3, qwen2]
 
 
 @pytest.fixture(scope="module", params=BASES, ids=lambda make: make.__name__)
@@ -165,6 +172,9 @@ def test_the_configs_say_what_the_file_holds(exported):
         if (base / name).exists():
             assert (out / name).read_bytes() == (base / name).read_bytes()
     assert {"tokenizer.json", "tokenizer_config.json"} <= {path.name for path in out.iterdir()}
+    # and whoever may read the configs may read the weights
+    modes = {path.stat().st_mode for path in out.iterdir()}
+    assert len(modes) == 1
 
 
 def test_a_base_template_comes_along_where_it_writes_our_prompt(exported):
@@ -174,6 +184,8 @@ def test_a_base_template_comes_along_where_it_writes_our_prompt(exported):
     if base.parent.name.startswith("own_template"):
         assert read(out / "tokenizer_config.json")["chat_template"] == OTHER
         assert not (out / "chat_template.jinja").exists()
+    if base.parent.name.startswith("dated"):
+        assert "strftime_now" not in template_of(out)
 
 
 def test_the_merged_weights_are_the_sum(exported):
