@@ -30,47 +30,38 @@ def comparison(args):
     settings = read_settings(args.run[0])
     _, held = run_records(settings, ANSWERS, args.data, args.limit)
     records = fitting(held, settings)
+    length = settings["max_length"]
 
-    def losses(model, settings, w, name):
+    def losses(model, _, w, name):
         """-> (losses, tokens) of the Persona-CoT responses, the same of the plain answers, w."""
         both = []
         for key in ANSWERS:
-            examples = model.examples(records, settings["max_length"], key)
+            examples = model.examples(records, length, key)
             if name == COT:
-                examples = ask_by_prompt(model, examples, records)
+                prompts = [cot_prompt(record["query"]) for record in records]
+                prompts = model.encode_prompts(prompts, length)
+                examples = [replace(example, prompt=prompt)
+                            for example, prompt in zip(examples, prompts)]
             both.append(response_nll(model, examples, w))
         return *both, w
 
     measured = measure_rows(args, records, ROUTES, losses)
     # the first run, or the bare base where that run has no router yet
-    reference = Path(args.run[0]).name
-    if reference not in measured:
-        reference = "bare base"
-    loss_of_reference = per_token(*measured[reference][0])
+    first = Path(args.run[0]).name
+    reference = first if first in measured else "bare base"
+    nll_of_reference = measured[reference][0][0]
     p = activations(records)
-    n = len(p)
     rows = []
     for name, ((nll, counts), (plain_nll, plain_counts), w) in measured.items():
-        loss = per_token(nll, counts)
-        row = {"name": name, "loss per token": bootstrap(loss, n)}
+        row = {"name": name, "loss per token": bootstrap(per_token(nll, counts), len(p))}
         if name != reference:
-            # on the same records for both: a paired interval
-            row["difference"] = bootstrap(lambda i: loss(i) - loss_of_reference(i), n)
+            # on the same tokens for both: a paired interval
+            difference = per_token(nll - nll_of_reference, counts)
+            row["difference"] = bootstrap(difference, len(p))
         prefers = nll / counts < plain_nll / plain_counts
         row["% prefers Persona-CoT"] = mean_interval(100 * prefers)
         if w is not None and w.shape[1] > 1:
             scores = break_ties(w.cpu().numpy())
             row["router mAP"] = mean_interval(average_precision(scores, p))
         rows.append(row)
-    return {f"{n} held-out records": rows}
-
-
-def ask_by_prompt(model, examples, records):
-    """The Examples behind the Persona-CoT prompt, cut on the left to fit the base's context."""
-    context = model.base.config.max_position_embeddings
-    asked = []
-    for example, record in zip(examples, records):
-        prompt = model.tokenizer.encode_prompt(cot_prompt(record["query"]))
-        room = context - len(example.answer)
-        asked.append(replace(example, prompt=prompt[-room:]))
-    return asked
+    return {f"{len(p)} held-out records": rows}

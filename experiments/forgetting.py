@@ -29,44 +29,37 @@ def forgetting(args):
     _, held = run_records(settings, tuple(KINDS), args.data, args.limit)
     records = fitting(held, settings)
     lines = [line.strip() for _, line in read_lines(args.text)] if args.text else []
-    base = {}
+    bare = {}                                   # what the bare base loses, by kind
     rows = []
     for run in args.run:
         model = None                            # two large ones need not fit at once
-        model, settings = load_run(run, args.device, args.dtype)
-        for kind, queries, texts, examples in read_kinds(model, settings, records, lines):
-            if kind not in base:
-                base[kind] = response_nll(model, examples)
-                rows.append(row("bare base", kind, texts, base[kind], base[kind]))
-            nll = response_nll(model, examples, model.mixing_weights(queries))
-            rows.append(row(Path(run).name, kind, texts, nll, base[kind]))
+        model, _ = load_run(run, args.device, args.dtype)
+        # the bare base once, with the first run
+        routes = ["learned"] if bare else ["none", "learned"]
+        kinds = read_kinds(model, settings["max_length"], records, lines)
+        for kind, queries, texts, examples in kinds:
+            size = len("".join(texts).encode())
+            for route in routes:
+                nll, counts = response_nll(model, examples, model.mixing_weights(queries, route))
+                bare.setdefault(kind, nll)
+                rows.append({
+                    "name": "bare base" if route == "none" else Path(run).name,
+                    "texts": kind,
+                    "loss per token": bootstrap(per_token(nll, counts), len(nll)),
+                    "difference": bootstrap(per_token(nll - bare[kind], counts), len(nll)),
+                    "bits a byte": nll.sum() / math.log(2) / size,
+                })
     return {"forgetting": sorted(rows, key=lambda row: row["texts"])}
 
 
-def read_kinds(model, settings, records, lines):
+def read_kinds(model, max_length, records, lines):
     """Yield what there is to read: its kind, the router's queries, the texts, and Examples."""
+    queries = [record["query"] for record in records]
     for key, kind in KINDS.items():
-        queries = [record["query"] for record in records]
         texts = [record[key] for record in records]
-        yield kind, queries, texts, model.examples(records, settings["max_length"], key)
+        yield kind, queries, texts, model.examples(records, max_length, key)
     if lines:
-        examples = []
-        for line in lines:
-            # nothing stands before a text: its first token is given
-            ids = model.tokenizer.encode(line)[:settings["max_length"]]
-            examples.append(Example(ids[:1], ids[1:], [], ()))
+        encoded = [model.tokenizer.encode(line)[:max_length] for line in lines]
+        # nothing stands before a text: its first token is given
+        examples = [Example(ids[:1], ids[1:], [], ()) for ids in encoded]
         yield "the text's lines", lines, lines, examples
-
-
-def row(name, kind, texts, measured, of_base):
-    """measured, of_base: (losses (n,), tokens (n,)) of n texts -> a row of the table."""
-    nll, counts = measured
-    loss, base = per_token(nll, counts), per_token(*of_base)
-    size = sum(len(text.encode()) for text in texts)
-    return {
-        "name": name,
-        "texts": kind,
-        "loss per token": bootstrap(loss, len(nll)),
-        "difference": bootstrap(lambda i: loss(i) - base(i), len(nll)),
-        "bits a byte": round(nll.sum() / math.log(2) / size, 4),
-    }

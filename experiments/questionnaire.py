@@ -1,5 +1,5 @@
 """A personality questionnaire: the 50-item IPIP Big-Five factor markers (ipip.ori.org, in the
-public domain), asked of the bare base and of each expert alone.
+public domain). Each trait's ten items are asked of the bare base and of its two experts alone.
 
     python -m experiments.evaluate --questionnaire --run out/tiny
 
@@ -23,35 +23,39 @@ How accurately does this statement describe you? Answer with one of: {answers}.
 # as the IPIP prints them; the first scores 1, the last 5
 ANSWERS = ["very inaccurate", "moderately inaccurate", "neither accurate nor inaccurate",
            "moderately accurate", "very accurate"]
+QUESTIONNAIRE = """
+The 50 items of the IPIP Big-Five factor markers, ten a trait, scored from 1 to 5 by the
+probabilities of five answers. The difference is the high expert minus the low one, in brackets its
+95% interval, by bootstrap over the trait's items; = marks one smaller than its interval."""
 
 
-def read_items():
-    """The questionnaire -> a list of (trait, key, statement)."""
+def read_items(trait):
+    """The items of a trait -> a list of (key, statement)."""
     items = []
-    # the first line names the columns
-    for _, line in read_lines(ITEMS)[1:]:
-        trait, key, item = line.strip().split("\t")
-        # "Don't talk a lot." -> "I don't talk a lot."
-        items.append((trait, key, f"I {item[0].lower()}{item[1:]}"))
+    for _, line in read_lines(ITEMS):
+        whose, key, item = line.strip().split("\t")
+        if whose == trait:
+            # "Don't talk a lot." -> "I don't talk a lot."
+            items.append((key, f"I {item[0].lower()}{item[1:]}"))
     return items
 
 
-def score(log_probabilities, key):
-    """Log-probabilities of the five answers (n, 5) -> scores (n,) between 1 and 5.
+def score(nll, keys):
+    """Negative log-likelihoods of the five answers to n items (n, 5) -> scores (n,), 1 to 5.
 
     The mean of 1 to 5 under the probabilities, made to sum to 1 over the five; a key of - turns it
     round, since agreement then speaks against the trait.
     """
-    probabilities = torch.softmax(torch.as_tensor(log_probabilities), dim=1).numpy()
-    value = probabilities @ [1, 2, 3, 4, 5]
-    return np.where(np.array(key) == "-", 6 - value, value)
+    probabilities = torch.softmax(-torch.tensor(nll), dim=1).numpy()
+    values = probabilities @ [1, 2, 3, 4, 5]
+    return np.where(np.array(keys) == "-", 6 - values, values)
 
 
 def ask(model, items, w=None):
-    """The items to the model with mixing weights w (E,), or to the bare base -> scores (50,)."""
+    """n items to the model with mixing weights w (E,), or to the bare base -> scores (n,)."""
     examples = []
-    for _, _, text in items:
-        question = QUESTION.format(answers=", ".join(ANSWERS), statement=text)
+    for _, statement in items:
+        question = QUESTION.format(answers=", ".join(ANSWERS), statement=statement)
         prompt = model.tokenizer.encode_prompt(question)
         for answer in ANSWERS:
             # to its end token, so that no answer is the beginning of another
@@ -59,37 +63,24 @@ def ask(model, items, w=None):
     if w is not None:
         w = w.expand(len(examples), -1)                         # (n, E), the same for all
     nll, _ = response_nll(model, examples, w)
-    keys = [key for _, key, _ in items]
-    return score(-nll.reshape(len(items), len(ANSWERS)), keys)
-
-
-QUESTIONNAIRE = """
-The 50 items of the IPIP Big-Five factor markers, ten a trait, scored from 1 to 5 by the
-probabilities of five answers. Last, each high expert minus the low one, in brackets 95% intervals,
-by bootstrap over a trait's items."""
+    return score(nll.reshape(-1, len(ANSWERS)), [key for key, _ in items])
 
 
 def questionnaire(model, settings, args):
-    """--questionnaire: trait scores of the bare base, and of each expert alone at weight 1."""
-    items = read_items()
-    scores = {"bare base": ask(model, items)}
+    """--questionnaire: the bare base, and each expert alone at weight 1, on its trait's items."""
     one_hots = torch.eye(model.experts, device=model.device)
-    for pole, one_hot in zip(TRAITS, one_hots):
-        scores[pole] = ask(model, items, one_hot)
-    return summarise(scores, items)
-
-
-def summarise(scores, items):
-    """{who was asked: scores by item} -> rows of means by trait, and high minus low.
-
-    The intervals of the differences are over the ten items of the trait.
-    """
-    traits = np.array([trait for trait, _, _ in items])
-    rows = {name: {"name": name} for name in (*scores, "high - low")}
-    for trait in BIG_FIVE:
-        own = traits == trait
-        for name, values in scores.items():
-            rows[name][trait] = round(float(values[own].mean()), 4)
-        change = scores[f"high {trait}"] - scores[f"low {trait}"]
-        rows["high - low"][trait] = mean_interval(change[own])
-    return {"questionnaire": list(rows.values())}
+    rows = []
+    for k, trait in enumerate(BIG_FIVE):
+        items = read_items(trait)
+        bare = ask(model, items)
+        # high and low stand side by side
+        high = ask(model, items, one_hots[2 * k])
+        low = ask(model, items, one_hots[2 * k + 1])
+        rows.append({
+            "name": trait,
+            "bare base": bare.mean(),
+            "high expert": high.mean(),
+            "low expert": low.mean(),
+            "difference": mean_interval(high - low),
+        })
+    return {"questionnaire": rows}

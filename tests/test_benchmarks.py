@@ -16,26 +16,23 @@ from personafuse import load_run
 # ----------------------------------------------------------------------------------------- scoring
 
 def test_emobench_wants_every_letter_right():
-    question = Question([], {"answer_q1": "B", "answer_q2": "C"}, 0)
-
     def score(text):
-        return benchmarks.score_emobench(question, [text])
+        return benchmarks.score_emobench({"answer_q1": "B", "answer_q2": "C"}, [text])
 
     assert score('{"answer_q1": "B", "answer_q2": "C"}') == 1
     assert score('So:\n```json\n{"answer_q1": "B", "answer_q2": "C"}\n```') == 1
     assert score('{"answer_q1": "B", "answer_q2": "A"}') == 0       # the emotion is not enough
     assert score('{"answer_q1": "A", "answer_q2": "C"}') == 0
-    for unusable in ("B and C", '{"answer_q1": "B"}', "[1]",
-                     '{"answer_q1": 1, "answer_q2": null}', ""):
+    assert score('{"answer_q1": 1, "answer_q2": null}') == 0
+    for unusable in ("B and C", '{"answer_q1": "B"}', "[1]", ""):
         assert score(unusable) is None
 
 
 def test_tombench_votes():
-    order = ["C", "A", "D", "B"]
+    order = dict(zip("ABCD", "CADB"))
 
     def score(right, *texts):
-        question = Question([], ([order] * len(texts), right), 0)
-        return benchmarks.score_tombench(question, texts)
+        return benchmarks.score_tombench(([order] * len(texts), right), texts)
 
     for text, vote in (("[[C]]", "D"), ("It is B. [[A]]", "C"), ("[B]", "A"), ("A or rather D", "B")):
         assert [score(right, text) for right in "ABCD"] == [right == vote for right in "ABCD"]
@@ -60,19 +57,18 @@ def test_eq_bench_scores_as_the_harness_does(answer, said):
     reference = {f"emotion{n}": name for n, name in enumerate(names, 1)}
     reference |= {f"emotion{n}_score": score for n, score in enumerate((0, "6", 0, "7"), 1)}
     expected = theirs({"reference_answer_fullscale": str(reference)}, [answer])
-    question = Question([], {"Angry": 0.0, "Calm": 6.0, "Proud": 0.0, "Sad": 7.0}, 0)
-    found = benchmarks.score_eq_bench(question, [answer])
+    right = {"Angry": 0.0, "Calm": 6.0, "Proud": 0.0, "Sad": 7.0}
+    found = benchmarks.score_eq_bench(right, [answer])
     assert (found is None) is (expected["percent_parseable"] == 0)
     assert 100 * (found or 0) == pytest.approx(expected["eqbench"])
     assert said is None or expected["eqbench"] == said
 
 
 def test_gsm8k_reads_the_last_number():
-    question = Question([], "1,234", 0)
     for text, right in (("so it is 1.\n#### 1234", 1), ("I think 1,234.", 1), ("$1234", 1),
                         ("1234 or rather 2", 0), ("-1234", 0), ("1234\nQuestion: 5", 1),
                         ("none", None)):
-        assert benchmarks.score_gsm8k(question, [text]) == right
+        assert benchmarks.score_gsm8k("1,234", [text]) == right
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -110,49 +106,34 @@ def files(tmp_path_factory):
         str(n): {"prompt": "Score each feeling.", "reference_answer_fullscale": reference}
         for n in (1, 2, 3)}))
     problems = [{"question": f"What is {n} and 1?", "answer": f"{n}+1\n#### {n + 1}"}
-                for n in range(10)]
-    lines("gsm8k/test.jsonl", problems[:3])
-    lines("gsm8k/train.jsonl", problems[3:])
+                for n in range(3)]
+    lines("gsm8k/test.jsonl", problems)
     return folder
 
 
 def test_each_question_has_one_right_answer_in_its_own_words(files):
-    ea = [q for q in read_questions("emobench", files) if q.group == "EA"]
+    ea = [q for q in read_questions("emobench", files) if q.row == "EmoBench EA"]
     assert [q.right for q in ea] == [{"answer": "B"}] * 3
     assert ea[0].prompts[0].startswith("Ann lost her keys.") and "B) Search" in ea[0].prompts[0]
     for question in read_questions("tombench", files):
         orders, right = question.right
-        assert right == "B" and len(set(map(tuple, orders))) > 1
+        assert right == "B" and len({tuple(order.items()) for order in orders}) > 1
         for prompt, order in zip(question.prompts, orders):
             # wherever the option has gone, its letter in the file is known
-            shown = "ABCD"[order.index("B")]
+            shown, = [letter for letter in order if order[letter] == "B"]
             assert f"\n{shown}) Bag\n" in prompt + "\n"
     gsm8k = read_questions("gsm8k", files)
     assert sorted(q.right for q in gsm8k) == ["1", "2", "3"]
-    for question in gsm8k:
-        # five worked examples, and the router reads the question alone
-        assert question.prompts[0].count("#### ") == 5
-        assert question.prompts[0].endswith(f"Question: {question.query}\nAnswer:")
-
-
-def test_gsm8k_is_asked_without_examples_where_their_file_is_missing(files, tmp_path, capsys):
-    (tmp_path / "test.jsonl").write_bytes((files / "gsm8k" / "test.jsonl").read_bytes())
-    questions = read_questions("gsm8k", tmp_path)
-    assert len(questions) == 3
-    for question in questions:
-        assert question.prompts == [f"Question: {question.query}\nAnswer:"]
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "train.jsonl" in said[0]
+    assert ["Question: What is 2 and 1?\nAnswer:"] in [q.prompts for q in gsm8k]
 
 
 def test_guided_answers_have_the_likeliest_letters(run):
     """Letter by letter, each against a forward pass over what stands before it."""
     model, _ = load_run(run, torch.device("cpu"), torch.float32)
-    form = '{"answer_q1": "?", "answer_q2": "?"}'
-    question = Question(["Why?"], None, 0, form=form, options=(3, 4))
+    form = '{"answer_q1": "ABC", "answer_q2": "ABCD"}'
     w = torch.full((1, 10), 0.1)
     prompt = model.tokenizer.encode_prompt("Why?")
-    answer = benchmarks.fill_form(model, prompt, question, w)
+    answer = benchmarks.fill_form(model, prompt, form, w)
     assert re.fullmatch(r'\{"answer_q1": "[A-C]", "answer_q2": "[A-D]"\}', answer)
     for key, letters in (("q1", "ABC"), ("q2", "ABCD")):
         before, said = re.match(rf'(.*"answer_{key}": ")(.)', answer).groups()
@@ -165,50 +146,45 @@ def test_guided_answers_have_the_likeliest_letters(run):
 def test_guided_benchmarks_have_nothing_unusable(run, files):
     tables = evaluated("--run", run, "--tasks", "emobench,tombench,gsm8k", "--data", files,
                        "--limit", 3, "--guided")
-    unusable = {row["name"]: row["unusable"] for row in tables[run.name]}
-    assert unusable["emobench"] == unusable["tombench"] == 0
+    unusable = {row["name"]: row["unusable"] for row in tables[f"{run.name}, learned"]}
+    assert unusable["EmoBench EA"] == unusable["ToMBench"] == 0
 
 
 def test_every_benchmark_runs(run, files):
     tables = evaluated("--run", run, "--tasks", ",".join(TASKS), "--data", files, "--limit", 2)
-    assert set(tables) == {run.name}
-    rows = {row["name"]: row for row in tables[run.name]}
-    assert rows["tombench"]["chance"] == 25
-    assert rows["eq_bench"]["chance"] == rows["gsm8k"]["chance"] == 0
-    assert {row["n"] for name, row in rows.items() if name in TASKS} == {2}
+    assert set(tables) == {f"{run.name}, learned"}
+    rows = {row["name"]: row for row in tables[f"{run.name}, learned"]}
+    assert rows["ToMBench"]["chance"] == 25
+    assert rows["EQ-Bench"]["chance"] == rows["GSM8K"]["chance"] == 0
+    emobench = [row for name, row in rows.items() if name.startswith("EmoBench")]
+    assert sum(row["n"] for row in emobench) == rows["ToMBench"]["n"] == rows["GSM8K"]["n"] == 2
     assert all(len(row["score"]) == 3 for row in rows.values())
     # the model knows no JSON
-    assert rows["emobench"]["unusable"] == 2
-    assert rows["emobench"]["score"] == [0, 0, 0]
+    for row in emobench:
+        assert row["unusable"] == row["n"] and row["score"] == [0, 0, 0]
 
 
-def test_groups_have_rows_of_their_own(files):
+def test_the_parts_of_emobench_have_rows_of_their_own(files):
     questions = read_questions("emobench", files)
     answers = [['{"answer": "B", "answer_q1": "F", "answer_q2": "A"}'] for _ in questions]
-    rows = benchmarks.score_questions("emobench", questions, answers)
-    assert [row["name"] for row in rows] == ["emobench", "emobench, EA", "emobench, EU"]
-    assert [row["n"] for row in rows] == [6, 3, 3]
-    assert [row["score"][0] for row in rows] == [50, 100, 0]
-    assert [row["chance"] for row in rows[1:]] == [25, pytest.approx(100 / 24)]
-    assert {question.group for question in read_questions("tombench", files)} == {
-        "False Belief Task", "Hinting Task Test"}
+    ea, eu = benchmarks.score_questions(benchmarks.score_emobench, questions, answers)
+    assert (ea["name"], eu["name"]) == ("EmoBench EA", "EmoBench EU")
+    assert (ea["n"], ea["score"][0], ea["chance"]) == (3, 100, 25)
+    assert (eu["n"], eu["score"][0], eu["chance"]) == (3, 0, pytest.approx(100 / 24))
 
 
-def test_router_reads_the_question_without_the_worked_examples(monkeypatch):
+def test_each_question_gets_the_answers_to_its_prompts(monkeypatch):
     asked = []
 
-    def ask_model(model, prompts, args, max_new_tokens, queries):
-        asked.extend(zip(prompts, queries))
+    def ask_model(model, prompts, args, max_new_tokens):
+        asked.extend(prompts)
         return [f"answer to {prompt}" for prompt in prompts]
 
     monkeypatch.setattr(benchmarks, "ask_model", ask_model)
-    questions = [Question(["an example\n\nWhy?"], "", 0, query="Why?"),
-                 Question(["one order", "another"], "", 0)]
+    questions = [Question(["Why?"], "", "a row"), Question(["one order", "another"], "", "a row")]
     answers = benchmarks.ask_questions(None, questions, Namespace(guided=False), 9)
-    assert asked == [("an example\n\nWhy?", "Why?"), ("one order", "one order"),
-                     ("another", "another")]
-    assert answers == [["answer to an example\n\nWhy?"],
-                       ["answer to one order", "answer to another"]]
+    assert asked == ["Why?", "one order", "another"]
+    assert answers == [["answer to Why?"], ["answer to one order", "answer to another"]]
 
 
 def test_benchmark_errors_say_what_to_do(run, tmp_path):

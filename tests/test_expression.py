@@ -143,26 +143,21 @@ def test_equal_weights_rank_by_chance():
     assert average_precision(break_ties(p.astype(float)), p).mean() == 1
 
 
-def test_share_of_the_way():
-    bare, oracle = np.full(5, 0.4), np.full(5, 0.8)
-    assert routing.covered(np.full(5, 0.5), bare, oracle) == [25, 25, 25]
-    assert routing.covered(np.full(5, 0.3), bare, oracle)[0] == -25
-    # the loss falls on the way
-    assert routing.covered(np.full(5, 5.0), np.full(5, 6.0), np.full(5, 4.0))[0] == 50
-
-
 def test_routing_of_a_run(run):
     table = evaluated("--routing", "--run", run, "--max-new-tokens", 4)[f"{run}, routing"]
     rows = {row["name"]: row for row in table}
     tau = read_settings(run)["tau"]
     own, sharp, flat = (f"tau {t:g}" for t in (tau, tau / 2, 2 * tau))
-    assert set(rows) == {"bare base", "oracle", "uniform", sharp, own, flat, "top 1", f"{own}, ranked"}
-    assert rows["bare base"]["share of loss"][0] == 0 and rows["oracle"]["share of loss"][0] == 100
-    assert rows["oracle"]["router mAP"] == rows[f"{own}, ranked"]["router mAP"] == [1, 1, 1]
-    largest = [rows[name]["largest weight"] for name in ("top 1", sharp, own, flat, "uniform")]
-    assert largest == sorted(largest, reverse=True) and largest[0] == 1 and largest[-1] == pytest.approx(0.1)
-    # a temperature changes no order
-    assert rows[own]["router mAP"] == rows[sharp]["router mAP"] == rows[flat]["router mAP"]
+    ranked = {f"{name}, ranked" for name in (own, sharp, flat)}
+    assert set(rows) == {"bare base", "oracle", "uniform", sharp, own, flat} | ranked
+    for figure in ("expression", "loss"):
+        assert rows["bare base"][f"share of {figure}"] == 0 and rows["oracle"][f"share of {figure}"] == 100
+    # of the way down from the bare base's loss to the oracle's
+    bare, uniform, oracle = (rows[name]["loss"][0] for name in ("bare base", "uniform", "oracle"))
+    assert rows["uniform"]["share of loss"] == pytest.approx(100 * (uniform - bare) / (oracle - bare), rel=0.05)
+    largest = [rows[name]["largest weight"] for name in (sharp, own, flat, "uniform")]
+    assert largest == sorted(largest, reverse=True) and largest[-1] == pytest.approx(0.1)
+    assert rows[own]["largest weight"] == rows[f"{own}, ranked"]["largest weight"]
     # at the run's own, the weights are the router's
     model, _ = load_run(run, CPU, torch.float32)
     records, _ = held_out_examples(model, read_settings(run), Namespace(data=None, limit=None))
@@ -173,7 +168,8 @@ def test_routing_of_a_run(run):
 def test_routing_at_temperatures_by_name():
     similarity = np.random.default_rng(0).uniform(-1, 1, (6, 10))
     p = np.eye(10)[:6]
-    weights = routing.curve_weights(similarity, p, 0.1, [0.02, 0.5])
-    assert set(weights) == {"uniform", "top 1", "tau 0.02", "tau 0.5", "tau 0.02, ranked", "tau 0.5, ranked"}
+    weights = routing.curve_weights(torch.tensor(similarity), p, [0.02, 0.5])
+    assert set(weights) == {"uniform", "tau 0.02", "tau 0.5", "tau 0.02, ranked", "tau 0.5, ranked"}
+    assert (weights["tau 0.5, ranked"].argmax(axis=1) == range(6)).all()
     expected = np.exp(similarity / 0.5)
     assert weights["tau 0.5"] == pytest.approx(expected / expected.sum(axis=1, keepdims=True))
