@@ -117,13 +117,6 @@ def random_weights(n, experts, k, seed=0):
     return w
 
 
-def keep_top(w, k):
-    """Only the k largest weights of each row, scaled to sum to 1 again; w (n, E) -> (n, E)."""
-    top = w.topk(k, dim=1).indices
-    kept = w * torch.zeros_like(w).scatter(1, top, 1)
-    return kept / kept.sum(dim=1, keepdim=True)
-
-
 def average_precision(w, p):
     """How well weights rank the right experts. w, p (B, E) numpy arrays -> (B,).
 

@@ -60,12 +60,12 @@ def write_answers(model, texts, w, max_new_tokens, cot=False, **sampling):
     return answers
 
 
-def ask_model(model, texts, args, max_new_tokens, queries=None):
-    """Texts -> greedy answers, the experts mixed by --route for `queries` (default: the texts)."""
+def ask_model(model, texts, args, max_new_tokens):
+    """Texts -> greedy answers, the experts mixed by --route."""
     # with cot it is the bare base that is prompted
     cot = args.route == "cot"
     route = "none" if cot else args.route
-    w = model.mixing_weights(queries or texts, route, seed=args.seed)
+    w = model.mixing_weights(texts, route, seed=args.seed)
     return write_answers(model, texts, w, max_new_tokens, cot)
 
 

@@ -135,8 +135,9 @@ def tombench_question(name, row):
     options = {}
     for letter in "ABCD":
         option = row.get(f"OPTION-{letter}")
-        if option:
-            options[letter] = str(option).removeprefix(f"{letter}. ")
+        # NaN where there is none
+        if isinstance(option, str):
+            options[letter] = option.removeprefix(f"{letter}. ")
     prompts = []
     orders = []
     for attempt in range(TRIES):

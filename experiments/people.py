@@ -180,7 +180,7 @@ def write_judgement(args):
     jobs = [[JUDGE.format(**pair)] for pair in pairs]
     choices = {}
     for i, answers in server_answers(args.server, args.model, jobs):
-        if isinstance(answers, (OSError, UserError)):
+        if isinstance(answers, OSError):
             raise UserError(f"the judge gives no answer: {answers}")
         # what was too long for it, or for its answer, is an exception without a verdict
         said = set(re.findall(r"\[\[(a|b|tie)\]\]", str(answers)))

@@ -127,6 +127,17 @@ def test_each_question_has_one_right_answer_in_its_own_words(files):
     assert ["Question: What is 2 and 1?\nAnswer:"] in [q.prompts for q in gsm8k]
 
 
+def test_an_option_that_is_not_there_is_not_offered():
+    """Three of ToMBench's files have NaN for it."""
+    row = {"STORY": "Tom hid.", "QUESTION": "Was it rude?", "OPTION-A": "A. Yes", "OPTION-B": "B. No",
+           "OPTION-C": float("nan"), "OPTION-D": float("nan"), "答案\nANSWER": "B"}
+    question = benchmarks.tombench_question("Faux-pas 0", row)
+    assert question.form == "[[AB]]"
+    for prompt in question.prompts:
+        assert {"A) Yes", "B) No"} <= set(prompt.split("\n")) or {"A) No", "B) Yes"} <= set(prompt.split("\n"))
+        assert "C)" not in prompt
+
+
 def test_guided_answers_have_the_likeliest_letters(run):
     """Letter by letter, each against a forward pass over what stands before it."""
     model, _ = load_run(run, torch.device("cpu"), torch.float32)

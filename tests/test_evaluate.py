@@ -14,7 +14,7 @@ from experiments.common import break_ties
 from experiments.statistics import bootstrap, cell
 from personafuse import load_run
 from plumbing.models import model_sha256
-from router import average_precision, keep_top, random_weights
+from router import average_precision, random_weights
 
 CPU = torch.device("cpu")
 
@@ -38,11 +38,10 @@ def test_bootstrap_intervals():
     assert cell([0.1, -0.2, 0.3], "loss") == "0.100 [-0.200, 0.300]" and cell([90.91, 87, 93], "%") == "90.9 [87.0, 93.0]"
 
 
-def test_random_route_and_top_k():
+def test_random_route():
     w = random_weights(300, 10, 2)
     assert (w.sum(dim=1) == 1).all() and ((w == 0.5).sum(dim=1) == 2).all()
     assert (w.mean(dim=0) - 0.1).abs().max() < 0.04 and torch.equal(w, random_weights(300, 10, 2))
-    assert torch.allclose(keep_top(torch.tensor([[0.1, 0.6, 0.3]]), 2), torch.tensor([[0, 2 / 3, 1 / 3]]))
 
 
 def test_comparison_of_runs(run, baseline, small_data):

@@ -8,7 +8,7 @@ import torch
 
 from data import TRAITS
 from personafuse import build, load_llama, pad
-from router import Router, average_precision, keep_top, random_weights
+from router import Router, average_precision, random_weights
 
 CPU = torch.device("cpu")
 QUERIES = [[7, 8, 9], [5], list(range(1, 60))]
@@ -188,12 +188,6 @@ def test_random_route_is_k_experts_at_one_kth():
             assert sorted(row) == pytest.approx([0.0] * (10 - k) + [1 / k] * k)
     assert torch.equal(random_weights(20, 10, 2, seed=1), random_weights(20, 10, 2, seed=1))
     assert not torch.equal(random_weights(20, 10, 2, seed=1), random_weights(20, 10, 2, seed=2))
-
-
-def test_only_the_largest_weights_by_hand():
-    w = torch.tensor([[0.4, 0.1, 0.2, 0.3]])
-    assert keep_top(w, 2)[0].tolist() == pytest.approx([4 / 7, 0, 0, 3 / 7])
-    assert keep_top(w, 4)[0].tolist() == pytest.approx(w[0].tolist())
 
 
 # --------------------------------------------------------------------------------------- ranking
