@@ -426,14 +426,13 @@ class PersonaFuse(nn.Module):
         `pool` in place of its `embed`.
         """
         read = read or self.router.embed
+        parts = like_lengths([len(query) for query in queries], rows)
         h = []
-        order = []
-        for part in like_lengths([len(query) for query in queries], rows):
+        for part in parts:
             tokens, lengths = pad([queries[i] for i in part], self.device)
             h.append(read(tokens, lengths, checkpointing))                      # (rows, d)
-            order += part
         # row k of all of them is query order[k]
-        order = torch.tensor(order, device=self.device)
+        order = torch.tensor(sum(parts, []), device=self.device)
         return torch.cat(h)[order.argsort()]
 
     @torch.no_grad()

@@ -155,7 +155,7 @@ def response_loss(model, examples, w, token_weight, args):
 
 def run_stage(model, stage, first_step, examples, args, run):
     """The steps of one stage, from first_step on."""
-    steps = stage_steps(args, stage)
+    steps = vars(args)[f"steps{stage}"]
     # frozen means frozen: this is all that the stage trains
     model.requires_grad_(False)
     for _, t in trainable(model, stage):
@@ -216,10 +216,6 @@ def name_idle_experts(subsets):
         print(f"no record calls for {', '.join(idle)}: these experts stay as they are")
 
 
-def stage_steps(args, stage):
-    return (args.steps1, args.steps2, args.steps3)[stage - 1]
-
-
 def trainable(model, stage):
     """(name, parameter) of what a stage trains, in a fixed order."""
     chosen = []
@@ -237,7 +233,7 @@ def make_optimizer(model, stage, args):
     """AdamW without weight decay: a rate for the experts, one or two for the router."""
     groups = []
     for name, t in trainable(model, stage):
-        peak = (args.lr1, args.lr2, args.lr3)[stage - 1]
+        peak = vars(args)[f"lr{stage}"]
         if stage == 2 and not name.startswith("router.encoder."):
             peak = args.lr_e
         if stage == 3 and name.startswith("router."):
@@ -253,28 +249,29 @@ def learning_rate(step, steps):
     return min(warm_up, decay, 1)
 
 
+# what AdamW keeps of each parameter
+MOMENTS = ["step", "exp_avg", "exp_avg_sq"]
+
+
 def state(model, stage, optimizer=None):
-    """What a stage trains, and AdamW's two moments where they are needed to go on -> by name."""
+    """What a stage trains, and AdamW's moments where they are needed to go on -> by name."""
     tensors = {}
     for name, t in trainable(model, stage):
         tensors[name] = t.detach()
-        if optimizer and t in optimizer.state:
-            tensors["exp_avg " + name] = optimizer.state[t]["exp_avg"]
-            tensors["exp_avg_sq " + name] = optimizer.state[t]["exp_avg_sq"]
+        if optimizer:
+            for key, moment in optimizer.state[t].items():
+                tensors[f"{key} {name}"] = moment
     return tensors
 
 
 def restore(model, stage, run, optimizer=None):
     """Read what `state` made, from the run's folder, into the model and the optimizer."""
-    tensors, header = run.load_state(stage)
+    tensors, _ = run.load_state(stage)
     for name, t in trainable(model, stage):
         t.data.copy_(tensors[name])
-        if optimizer and "exp_avg " + name in tensors:
-            optimizer.state[t] = {
-                "step": torch.tensor(float(header["step"]), device=t.device),
-                "exp_avg": tensors["exp_avg " + name].to(t.device),
-                "exp_avg_sq": tensors["exp_avg_sq " + name].to(t.device),
-            }
+        for key in MOMENTS:
+            if optimizer and f"{key} {name}" in tensors:
+                optimizer.state[t][key] = tensors[f"{key} {name}"].to(t.device)
 
 
 # ------------------------------------------------------------------------------ held-out evaluation
@@ -540,7 +537,7 @@ def finish_stage(model, stage, training, held_out, args, known, run):
         metrics = evaluate(model, held_out, training, args, known, with_router, run)
         if is_main:
             print_evaluation(metrics, min(len(held_out), args.held_out), len(held_out))
-    run.log({"stage": stage, "step": stage_steps(args, stage), "held_out": metrics})
+    run.log({"stage": stage, "step": vars(args)[f"steps{stage}"], "held_out": metrics})
     # the base never changes, and stage 2 leaves the experts as they are
     kept = ("loss_base", "loss_oracle") if stage == 1 else ("loss_base",)
     return {name: metrics[name] for name in kept if name in metrics}
