@@ -186,14 +186,22 @@ def texts_of(path):
     return [element.text for element in ElementTree.parse(path).iter() if element.text and element.text.strip()]
 
 
+def test_what_people_and_models_write_stays_well_formed(tmp_path):
+    voices = figures.draw_voices(["Is 1 < 2 & so on?"], [[0.25] * 10], ["a <b> & a bell \x07"])
+    figures.write(tmp_path / "voices.svg", *voices)
+    shown = texts_of(tmp_path / "voices.svg")
+    assert "“Is 1 < 2 & so on?”" in shown and "a <b> & a bell" in shown[-1]
+    assert [text for text in shown if text in TRAITS] == TRAITS and shown.count("0.25") == 10
+
+
 def test_pictures_of_a_run(run, tmp_path):
     command = "experiments.figures", "--run", run, "--out", tmp_path / "new", "--dtype", "fp32", "--max-new-tokens", 8
-    result = program(*command, "--query", "Is 1 < 2 & so on?", "--query", "I feel anxious")
+    result = program(*command)
     assert result.returncode == 0, result.stderr
     shown = texts_of(tmp_path / "new" / "voices.svg")
-    assert "“Is 1 < 2 & so on?”" in shown and "“I feel anxious”" in shown
+    assert sum(text.startswith("“") for text in shown) == 2
     model, _ = load_run(run, CPU, torch.float32)
-    for row in model.mixing_weights(["Is 1 < 2 & so on?", "I feel anxious"]):
+    for row in model.mixing_weights(figures.QUERIES):
         assert {f"{weight:.2f}" for weight in row} <= set(shown)
     assert [text for text in shown if text in TRAITS] == 2 * TRAITS
     shown = texts_of(tmp_path / "new" / "control.svg")
@@ -201,8 +209,3 @@ def test_pictures_of_a_run(run, tmp_path):
     values = [row[pole] for row in rows for pole in SHORT]
     drawn = [int(text) for text in shown if text[0] in "+-"]
     assert drawn == pytest.approx([value for value in values if value == value], abs=0.6)
-
-    # without --query it asks two of the held-out ones
-    result = program(*command, "--limit", 3)
-    assert result.returncode == 0, result.stderr
-    assert sum(text.startswith("“") for text in texts_of(tmp_path / "new" / "voices.svg")) == 2
