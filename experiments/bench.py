@@ -13,7 +13,6 @@ import time
 
 import peft
 import torch
-import torch.nn.functional as F
 import transformers
 
 from data import Example
@@ -78,11 +77,11 @@ def peft_step(folder, args, ids):
     for name in others:
         model.add_adapter(name, config)
     model.base_model.set_adapter(["default", *others])
-    ids = ids.to(args.device)
+    # as many positions as ours reads
+    ids = ids[:, 1:].to(args.device)
 
     def step():
-        logits = model(ids[:, :-1], use_cache=False).logits
-        F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).backward()
+        model(ids, labels=ids, use_cache=False).loss.backward()
         model.zero_grad()
 
     return step
@@ -115,9 +114,9 @@ def main():
         merge(ours, torch.ones(10, device=args.device))
         theirs = load_theirs(folder, args)
         prompt = ids[:1, :32].to(args.device)
+        fixed = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False)
         compare("decoding 64 tokens", args.rounds, {
-            "transformers": lambda: theirs.generate(prompt, max_new_tokens=64, min_new_tokens=64,
-                                                    do_sample=False),
+            "transformers": lambda: theirs.generate(prompt, **fixed),
             "ours, experts merged": lambda: list(generate(ours, prompt[0].tolist(), 64, stop=())),
         })
 

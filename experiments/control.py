@@ -61,13 +61,16 @@ def control(model, settings, args):
     p = activations(records)
     matrix = []
     for pole, row in zip(TRAITS, 100 * control_matrix(losses, p)):
-        matrix.append({"name": pole, **dict(zip(SHORT, row.round(1)))})
+        cells = zip(SHORT, row.round(1))
+        matrix.append({"name": pole} | dict(cells))
     return {"control": measure_control(losses, p), "matrix": matrix}
 
 
 def expert_losses(model, examples):
     """The loss per token of each example under each expert alone, w one-hot -> (n, E), numpy."""
-    columns = [losses_at(model, examples, one_hot) for one_hot in torch.eye(model.experts)]
+    columns = []
+    for one_hot in torch.eye(model.experts):
+        columns.append(losses_at(model, examples, one_hot))
     return np.stack(columns, axis=1)
 
 
@@ -106,9 +109,12 @@ def measure_control(losses, p):
         active = p[:, own]
         accuracy = mean_where(wins[:, own], active)
         rank = mean_where(ranks[:, own], active)
-        rows.append({"name": name, "pairs": np.count_nonzero(active),
-                     "pole accuracy, %": bootstrap(accuracy, len(p)),
-                     "rank": bootstrap(rank, len(p))})
+        rows.append({
+            "name": name,
+            "pairs": np.count_nonzero(active),
+            "pole accuracy, %": bootstrap(accuracy, len(p)),
+            "rank": bootstrap(rank, len(p)),
+        })
     return rows
 
 
@@ -133,7 +139,8 @@ def steering(model, settings, args):
         chosen = [examples[k] for k in either]
         losses = np.zeros((len(DIAL), len(p)))
         for step, value in enumerate(DIAL):
-            losses[step, either] = losses_at(model, chosen, dial_weights(i, value, model.experts))
+            w = dial_weights(i, value, model.experts)
+            losses[step, either] = losses_at(model, chosen, w)
         curve, gain, rising = measure_dial(losses, own, opposite)
         row = {"name": pole}
         for value, loss in zip(DIAL, curve):

@@ -81,7 +81,8 @@ class Reader:
 
     def scores(self, texts):
         """Texts -> how much each shows each trait (n, 10), numpy: log-odds."""
-        return (features(texts, self.vocabulary) @ self.W + self.b).numpy()
+        x = features(texts, self.vocabulary)
+        return (x @ self.W + self.b).numpy()
 
 
 def make_reader(training):
@@ -89,7 +90,8 @@ def make_reader(training):
     texts = [record["response"] for record in training]
     vocabulary = make_vocabulary(texts)
     p = torch.tensor(activations(training)).float()
-    W, b = fit_logistic(features(texts, vocabulary), p, PENALTY)
+    x = features(texts, vocabulary)
+    W, b = fit_logistic(x, p, PENALTY)
     return Reader(vocabulary, W, b)
 
 
@@ -115,7 +117,10 @@ def how_they_read(answers, known):
     """Answers -> the share of them without loops, and that of their words that are known, in %."""
     loop_free = [not loops(answer) for answer in answers]
     are_words = [word in known for answer in answers for word in words_of(answer)]
-    return {"loop-free, %": 100 * np.mean(loop_free), "words, %": 100 * np.mean(are_words)}
+    return {
+        "loop-free, %": 100 * np.mean(loop_free),
+        "words, %": 100 * np.mean(are_words),
+    }
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -152,8 +157,10 @@ def expression(args):
     # what knows nothing of the answer
     commonest = np.tile(activations(training).mean(axis=0), (len(p), 1))
     precisions["always the commonest traits"] = average_precision(commonest, p)
-    run_of = {read_settings(run)["variant"]: Path(run).name for run in args.run}
-    one_lora = run_of.get("cot-finetuned")
+    one_lora = None
+    for run in args.run:
+        if read_settings(run)["variant"] == "cot-finetuned":
+            one_lora = Path(run).name
     rows = []
     for name, of in precisions.items():
         row = {"name": name, "mean average precision": mean_interval(of)}

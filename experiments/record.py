@@ -43,8 +43,8 @@ def read_features(model, folder, queries):
     Computed once and kept in a file, whose name holds a digest of all that decides it.
     """
     router = model.router
-    what = [model_sha256(folder), len(router.encoder.layers), router.encoder.dtype, router.pooling,
-            queries]
+    encoder = router.encoder
+    what = [model_sha256(folder), len(encoder.layers), encoder.dtype, router.pooling, queries]
     digest = hashlib.sha256(str(what).encode()).hexdigest()
     path = cached(f"features-{digest[:16]}.safetensors")
     if not path.exists():
@@ -76,7 +76,8 @@ def parse_arguments():
     add_run_options(parser)
     add_method_options(parser)
     args = parser.parse_args()
-    parser.set_defaults(**PRESETS[args.preset or ("tiny" if args.base == "tiny" else "quick")])
+    preset = args.preset or ("tiny" if args.base == "tiny" else "quick")
+    parser.set_defaults(**PRESETS[preset])
     return parser.parse_args()
 
 
@@ -122,8 +123,12 @@ def main():
     print(f"{len(records)} training queries, {args.folds} folds; {time.time() - began:.0f} s")
     print_rows([
         {"name": "bag of words", "mean average precision": mean_interval(of_words)},
-        {"name": "ours", "mean average precision": mean_interval(ours),
-         "difference": mean_interval(ours - of_words), "by seed": by_seed},
+        {
+            "name": "ours",
+            "mean average precision": mean_interval(ours),
+            "difference": mean_interval(ours - of_words),
+            "by seed": by_seed,
+        },
     ])
 
 
