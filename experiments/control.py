@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import TRAITS, held_out, load_records
+from data import TRAITS, held_out, load_records, split
 from experiments.common import SHORT, activations, held_out_examples, response_nll
-from experiments.statistics import bootstrap
+from experiments.statistics import bootstrap, per_token
 from plumbing.files import HERE, atomic_write, run_program
 
-# high and low stand side by side, so that the opposite of each pole is its neighbour
-OPPOSITE = [1, 0, 3, 2, 5, 4, 7, 6, 9, 8]
+# high and low stand side by side: [1, 0, 3, 2, ...]
+OPPOSITE = [i ^ 1 for i in range(len(TRAITS))]
 # weights of one expert, from left out to alone
 DIAL = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
@@ -40,13 +40,9 @@ def losses_at(model, examples, w):
     return nll / counts
 
 
-def mean_where(values, p, records):
-    """The mean of some records' values where their p is 1; NaN where none is.
-
-    values, p: (n, E), or (n,) for one pole; records: indices.
-    """
-    chosen = values[records][p[records] == 1]
-    return chosen.mean() if len(chosen) else np.nan
+def mean_where(values, p):
+    """values, p (n, ...) -> the mean of some records' values where p is 1, by their indices."""
+    return per_token(values * p, p)
 
 
 # ------------------------------------------------------------------------------------------ control
@@ -65,13 +61,16 @@ def control(model, settings, args):
     p = activations(records)
     matrix = []
     for pole, row in zip(TRAITS, 100 * control_matrix(losses, p)):
-        matrix.append({"name": pole, **dict(zip(SHORT, row.round(1).tolist()))})
+        cells = zip(SHORT, row.round(1))
+        matrix.append({"name": pole} | dict(cells))
     return {"control": measure_control(losses, p), "matrix": matrix}
 
 
 def expert_losses(model, examples):
     """The loss per token of each example under each expert alone, w one-hot -> (n, E), numpy."""
-    columns = [losses_at(model, examples, one_hot) for one_hot in torch.eye(model.experts)]
+    columns = []
+    for one_hot in torch.eye(model.experts):
+        columns.append(losses_at(model, examples, one_hot))
     return np.stack(columns, axis=1)
 
 
@@ -80,18 +79,14 @@ def pole_wins(losses):
 
     losses (n, E) -> (n, E) of 1, or 1/2 where they are equal, or 0.
     """
-    opposite = losses[:, OPPOSITE]
-    return (losses < opposite) + 0.5 * (losses == opposite)
+    return np.heaviside(losses[:, OPPOSITE] - losses, 0.5)
 
 
 def expert_ranks(losses):
     """losses (n, E) -> the rank of each expert (n, E), 1 for the lowest loss; equal ones share."""
-    mine = losses[:, :, None]                                   # (n, E, 1)
-    others = losses[:, None, :]                                 # (n, 1, E)
-    lower = (others < mine).sum(axis=2)
-    # each expert equals itself
-    equal = (others == mine).sum(axis=2) - 1
-    return 1 + lower + equal / 2
+    above = losses[:, :, None] - losses[:, None, :]             # (n, E, E), each above each other
+    # each expert counts itself as a half
+    return 0.5 + np.heaviside(above, 0.5).sum(axis=2)
 
 
 def control_matrix(losses, p):
@@ -108,23 +103,27 @@ def measure_control(losses, p):
     """losses (n, E), p (n, E) -> the rows of the table, over all poles and by pole."""
     wins = 100 * pole_wins(losses)
     ranks = expert_ranks(losses)
-    columns = {"all poles": slice(None)} | {pole: i for i, pole in enumerate(TRAITS)}
     rows = []
-    for name, poles in columns.items():
-        row = {"name": name, "pairs": int(p[:, poles].sum())}
-        for figure, values in (("pole accuracy, %", wins), ("rank", ranks)):
-            row[figure] = bootstrap(
-                lambda records: mean_where(values[:, poles], p[:, poles], records), len(p))
-        rows.append(row)
+    for i, name in enumerate(["all poles", *TRAITS]):
+        own = [i - 1] if i else slice(None)
+        active = p[:, own]
+        accuracy = mean_where(wins[:, own], active)
+        rank = mean_where(ranks[:, own], active)
+        rows.append({
+            "name": name,
+            "pairs": np.count_nonzero(active),
+            "pole accuracy, %": bootstrap(accuracy, len(p)),
+            "rank": bootstrap(rank, len(p)),
+        })
     return rows
 
 
 # ----------------------------------------------------------------------------------------- steering
 
 STEERING = """
-Loss per token of a pole's own records and of its opposite's, as the weight of the pole's expert
-grows and the other nine share what is left. Gain: the difference of how much the whole turn lowers
-the one and the other. Rising: in how many of the five steps that lead grows."""
+Loss per token of a pole's own records, as the weight of its expert grows and the other nine share
+what is left. Gain: how much more the whole turn lowers it than that of the opposite's records.
+Rising: in how many of the five steps that lead grows."""
 
 
 def steering(model, settings, args):
@@ -133,17 +132,20 @@ def steering(model, settings, args):
     p = activations(records)
     rows = []
     for i, pole in enumerate(TRAITS):
-        # the records of either pole; those of neither would cost time and tell nothing
-        both = np.flatnonzero(p[:, i] + p[:, OPPOSITE[i]])
-        chosen = [examples[k] for k in both]
-        losses = np.full((len(DIAL), len(p)), np.nan)
+        own = p[:, i]
+        opposite = p[:, OPPOSITE[i]]
+        # the records of neither would cost time and tell nothing
+        either = np.flatnonzero(own + opposite)
+        chosen = [examples[k] for k in either]
+        losses = np.zeros((len(DIAL), len(p)))
         for step, value in enumerate(DIAL):
-            losses[step, both] = losses_at(model, chosen, dial_weights(i, value, model.experts))
-        own, opposite, gain, rising = measure_dial(losses, p[:, i], p[:, OPPOSITE[i]])
-        steps = [f"w = {value}" for value in DIAL]
-        rows.append({"name": pole, "records": "own", **dict(zip(steps, own)),
-                     "gain (difference)": gain, "rising": rising})
-        rows.append({"records": "opposite's", **dict(zip(steps, opposite))})
+            w = dial_weights(i, value, model.experts)
+            losses[step, either] = losses_at(model, chosen, w)
+        curve, gain, rising = measure_dial(losses, own, opposite)
+        row = {"name": pole}
+        for value, loss in zip(DIAL, curve):
+            row[f"w = {value}"] = loss
+        rows.append(row | {"gain (difference)": gain, "rising": rising})
     return {"steering": rows}
 
 
@@ -155,53 +157,40 @@ def dial_weights(i, value, experts):
 
 
 def measure_dial(losses, own, opposite):
-    """Losses (len(DIAL), n) as an expert's weight grows -> the mean losses of both groups at each
-    step, gain and rising.
+    """Losses (len(DIAL), n) as an expert's weight grows -> the mean loss of its pole's records at
+    each step, gain and rising.
 
     own, opposite (n,): p of the pole and of its opposite. `gain` is how much the turn from 0 to 1
     lowers the loss of the pole's records more than that of the opposite's; `rising` in how many
     steps that lead grows.
     """
-    own_curve = losses[:, own == 1].mean(axis=1)
-    opposite_curve = losses[:, opposite == 1].mean(axis=1)
+    curve = losses[:, own == 1].mean(axis=1)
+    lead = losses[:, opposite == 1].mean(axis=1) - curve
     fall = losses[0] - losses[-1]                               # (n,)
-
-    def gain(records):
-        return mean_where(fall, own, records) - mean_where(fall, opposite, records)
-
-    rising = np.diff(opposite_curve - own_curve) > 0
-    curves = own_curve.round(4).tolist(), opposite_curve.round(4).tolist()
-    return *curves, bootstrap(gain, len(own)), int(rising.sum())
+    fall_of_own = mean_where(fall, own)
+    fall_of_opposite = mean_where(fall, opposite)
+    gain = bootstrap(lambda i: fall_of_own(i) - fall_of_opposite(i), len(own))
+    rising = np.count_nonzero(np.diff(lead) > 0)
+    return curve.round(4).tolist(), gain, rising
 
 
 # ---------------------------------------------------------------------------------------- the floor
 
-def shuffle_labels(records):
-    """Records -> the same records, those of the training split with each other's labels."""
-    training = [i for i, record in enumerate(records) if not held_out(record["query"])]
-    order = np.random.default_rng(0).permutation(training)
-    shuffled = list(records)
-    for i, other in zip(training, order):
-        labels = {}
-        for key in ("social_cue", "social_traits", "task_cue", "task_traits"):
-            if key in records[other]:
-                labels[key] = records[other][key]
-        shuffled[i] = records[i] | labels
-    return shuffled
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("out", metavar="FILE", help="where the shuffled records go")
-    add("--data", default=str(HERE / "persona_cot.jsonl"), help="records (default: ours)")
+    parser.add_argument("out", metavar="FILE", help="where the shuffled records go")
+    parser.add_argument("--data", default=HERE / "persona_cot.jsonl",
+                        help="records (default: ours)")
     args = parser.parse_args()
+    records = load_records(args.data)
+    training, _ = split(records)
+    order = iter(np.random.default_rng(0).permutation(len(training)))
     lines = []
-    for record in shuffle_labels(load_records(args.data)):
-        # p follows from the traits: who reads the file makes it anew
-        del record["p"]
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    for record in records:
+        other = record if held_out(record["query"]) else training[next(order)]
+        traits = {key: other[key] for key in ("social_traits", "task_traits", "p")}
+        lines.append(json.dumps(record | traits, ensure_ascii=False) + "\n")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(args.out) as tmp:
         tmp.write_text("".join(lines), encoding="utf-8")

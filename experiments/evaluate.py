@@ -86,7 +86,7 @@ def measure(args):
     """What the options ask for -> {title: rows of a table}, and what the tables say."""
     # all runs, before anything is loaded
     first = read_settings(args.run[0])
-    for run in args.run[1:]:
+    for run in args.run:
         settings = read_settings(run)
         if settings["base_sha256"] != first["base_sha256"]:
             raise UserError(f"{run} was made for the base {settings['base']}, {args.run[0]} for "

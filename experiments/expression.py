@@ -36,15 +36,18 @@ MIN_TEXTS = 5
 PENALTY = 0.003
 ANSWERS = ("response", "naive_response")
 ROUTES = ("uniform", "random1", "random2")
-# a list of English words, one a line, where there is one; the records' own words count besides
-DICTIONARY = Path("/usr/share/dict/words")
 
 
 # -------------------------------------------------------------------------------------- the reader
 
+def words_of(text):
+    """"No! No." -> ["no", "!", "no", "."]."""
+    return WORD.findall(text.lower())
+
+
 def words_and_pairs(text):
     """"No! No." -> ["no", "!", "no", ".", "no !", "! no", "no ."]."""
-    words = WORD.findall(text.lower())
+    words = words_of(text)
     pairs = [f"{first} {second}" for first, second in zip(words, words[1:])]
     return words + pairs
 
@@ -54,7 +57,7 @@ def make_vocabulary(texts):
     count = Counter()
     for text in texts:
         count.update(set(words_and_pairs(text)))
-    common = sorted(word for word, texts_with in count.items() if texts_with >= MIN_TEXTS)
+    common = sorted(word for word in count if count[word] >= MIN_TEXTS)
     return {word: column for column, word in enumerate(common)}
 
 
@@ -78,48 +81,45 @@ class Reader:
 
     def scores(self, texts):
         """Texts -> how much each shows each trait (n, 10), numpy: log-odds."""
-        log_odds = features(texts, self.vocabulary) @ self.W + self.b
-        return log_odds.double().numpy()
-
-
-def train_reader(texts, p):
-    """Texts and their p (n, 10), numpy -> Reader."""
-    vocabulary = make_vocabulary(texts)
-    p = torch.tensor(p, dtype=torch.float32)
-    W, b = fit_logistic(features(texts, vocabulary), p, PENALTY)
-    return Reader(vocabulary, W, b)
+        x = features(texts, self.vocabulary)
+        return (x @ self.W + self.b).numpy()
 
 
 def make_reader(training):
     """The training records -> a Reader of their responses."""
-    return train_reader([record["response"] for record in training], activations(training))
+    texts = [record["response"] for record in training]
+    vocabulary = make_vocabulary(texts)
+    p = torch.tensor(activations(training)).float()
+    x = features(texts, vocabulary)
+    W, b = fit_logistic(x, p, PENALTY)
+    return Reader(vocabulary, W, b)
 
 
 # ------------------------------------------------------------------------------- how answers read
 
-def loops(text, length=4, times=3):
-    """Whether some phrase of `length` words stands `times` times in the text."""
-    words = WORD.findall(text.lower())
-    phrases = Counter(zip(*(words[start:] for start in range(length))))
-    return max(phrases.values(), default=0) >= times
+def loops(text):
+    """Whether some phrase of four words stands three times in the text."""
+    words = words_of(text)
+    phrases = Counter(zip(words, words[1:], words[2:], words[3:]))
+    return max(phrases.values(), default=0) >= 3
 
 
 def known_words(records):
-    """The words of the records' answers, and of the dictionary of this computer if it has one."""
-    texts = [record[key] for record in records for key in ANSWERS]
-    if DICTIONARY.exists():
-        texts.append(DICTIONARY.read_text(encoding="utf-8"))
-    return set(WORD.findall("\n".join(texts).lower()))
+    """The words of the records' answers."""
+    known = set()
+    for record in records:
+        for key in ANSWERS:
+            known.update(words_of(record[key]))
+    return known
 
 
 def how_they_read(answers, known):
     """Answers -> the share of them without loops, and that of their words that are known, in %."""
-    if not answers:
-        return {}
-    words = [word for answer in answers for word in WORD.findall(answer.lower())]
+    loop_free = [not loops(answer) for answer in answers]
+    are_words = [word in known for answer in answers for word in words_of(answer)]
     return {
-        "loop-free, %": float(100 * np.mean([not loops(answer) for answer in answers])),
-        "words, %": float(100 * np.mean([word in known for word in words])),
+        "loop-free, %": 100 * np.mean(loop_free),
+        "words, %": 100 * np.mean(are_words),
     }
 
 
@@ -142,33 +142,34 @@ def expression(args):
     p = activations(held)
     # every row of the table draws alike
     options = sampling(settings, args)
-    written = {
-        "the records' responses": [record["response"] for record in held],
-        "the records' plain answers": [record["naive_response"] for record in held],
-    }
     queries = [record["query"] for record in held]
 
     def write(model, settings, w, name):
         return write_answers(model, queries, w, args.max_new_tokens, name == COT, **options)
 
-    written |= measure_rows(args, held, ROUTES, write)
-    one_lora = None
-    for run in args.run:
-        if read_settings(run)["variant"] == "cot-finetuned":
-            one_lora = Path(run).name
-
+    written = {
+        "the records' responses": [record["response"] for record in held],
+        "the records' plain answers": [record["naive_response"] for record in held],
+        **measure_rows(args, held, ROUTES, write),
+    }
     precisions = {name: average_precision(reader.scores(answers), p)
                   for name, answers in written.items()}
     # what knows nothing of the answer
     commonest = np.tile(activations(training).mean(axis=0), (len(p), 1))
     precisions["always the commonest traits"] = average_precision(commonest, p)
+    one_lora = None
+    for run in args.run:
+        if read_settings(run)["variant"] == "cot-finetuned":
+            one_lora = Path(run).name
     rows = []
     for name, of in precisions.items():
         row = {"name": name, "mean average precision": mean_interval(of)}
-        if one_lora and name != one_lora:
+        if one_lora not in (None, name):
             # on the same records for both: a paired interval
             row["difference"] = mean_interval(of - precisions[one_lora])
-        rows.append(row | how_they_read(written.get(name, []), known))
+        if name in written:
+            row |= how_they_read(written[name], known)
+        rows.append(row)
     tables = {"expression": rows, "how it was drawn": [{"records": len(held), **options}]}
     if args.json:
         tables["answers"] = written

@@ -11,12 +11,11 @@ n queries, E = 10 experts.
 
 import numpy as np
 
-from data import TRAITS, WORDS
+from data import WORDS
 from experiments.answers import sampling, write_answers
 from experiments.common import run_records
 from experiments.expression import make_reader
 from experiments.statistics import mean_interval
-from plumbing.files import UserError
 
 REMARKS = range(6)
 
@@ -29,33 +28,41 @@ bootstrap over the queries of all poles."""
 
 def feedback(model, settings, args):
     """--feedback: answers after 0 to 5 remarks for each pole, --limit queries each."""
-    if model.router is None:
-        raise UserError("this run has no router yet: run `python train.py --stage 2`")
     training, held = run_records(settings, data=args.data)
     reader = make_reader(training)
+    options = sampling(settings, args)
     rows = []
     all_shown = []
-    for i, pole in enumerate(TRAITS):
+    for i, word in enumerate(WORDS):
         queries = [record["query"] for record in held if not record["p"][i]][:args.limit]
         own = [record["response"] for record in held if record["p"][i]]
         shown = []
         for count in REMARKS:
-            remarks = [0] * len(TRAITS)
+            remarks = [0] * len(WORDS)
             remarks[i] = count
             w = model.mixing_weights(queries, remarks=remarks)                  # (n, E)
-            answers = write_answers(model, queries, w, args.max_new_tokens,
-                                    **sampling(settings, args))
-            shown.append(100 * (reader.scores(answers)[:, i] > 0))              # (n,)
-        all_shown.append(np.array(shown))                                       # (6, n)
-        row = {"name": f"/more {WORDS[i]}"}
-        row |= {f"{count} remarks": of.mean() for count, of in zip(REMARKS, shown)}
-        row["at most"] = 100 * (reader.scores(own)[:, i] > 0).mean()
-        rows.append(row | {"until": until(np.array(shown)), "weight": float(w[:, i].mean())})
+            answers = write_answers(model, queries, w, args.max_new_tokens, **options)
+            shown.append(shows(reader, answers, i))                             # (n,)
+        all_shown.append(shown)                                                 # (6, n)
+        row = row_of(f"/more {word}", shown, np.mean)
+        row["at most"] = shows(reader, own, i).mean()
+        row["weight"] = w[:, i].mean().item()
+        rows.append(row)
     total = np.concatenate(all_shown, axis=1)                                   # (6, 10 n)
-    row = {"name": "all poles"}
-    row |= {f"{count} remarks": mean_interval(of) for count, of in zip(REMARKS, total)}
-    rows.insert(0, row | {"until": until(total)})
-    return {"feedback": rows}
+    return {"feedback": [row_of("all poles", total, mean_interval), *rows]}
+
+
+def shows(reader, answers, i):
+    """Answers -> whether each shows pole i (n,), as 100 or 0."""
+    return 100 * (reader.scores(answers)[:, i] > 0)
+
+
+def row_of(name, shown, figure):
+    """shown (6, n) -> a row of the table, with a figure of those after each number of remarks."""
+    row = {"name": name}
+    for count, of in zip(REMARKS, shown):
+        row[f"{count} remarks"] = figure(of)
+    return row | {"until": until(shown)}
 
 
 def until(shown):

@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from data import TRAITS, Example, by_hash, load_records, split
 from experiments.common import activations, fit_logistic
 from experiments.statistics import mean_interval, print_rows
-from losses import cosine
 from personafuse import build
 from plumbing.files import atomic_write, number, run_program
 from plumbing.models import cached, default_encoder, find_model, model_sha256
-from router import Router, average_precision
+from plumbing.runs import Run
+from router import average_precision
 from train import PRESETS, add_method_options, add_run_options, run_stage
 
 CPU = torch.device("cpu")
@@ -36,64 +36,25 @@ CPU = torch.device("cpu")
 PENALTY = 2.5
 
 
-def fold_of(record, folds):
-    """The fold that a record is tested in; its query decides, as it does for the held-out split."""
-    return by_hash({"query": "fold " + record["query"]}) % folds
-
-
-# -------------------------------------------------------------------------------------- the router
-
-class Unsaved:
-    """A run that leaves nothing behind."""
-    stop_requested = False
-
-    def log(self, line):
-        pass
-
-    def save_due(self, step):
-        return False
-
-    def save_state(self, stage, step, tensors, done):
-        pass
-
-
-class CachedRouter(Router):
-    """A router whose encoder has read all queries before: a query is its place among them."""
-    features = None             # (n, d)
-
-    def pool(self, tokens, lengths, checkpointing=False):
-        return self.features[tokens[:, 0]]
-
-
+@torch.no_grad()
 def read_features(model, folder, queries):
     """What the router's frozen encoder, from `folder`, makes of queries (token ids) -> (n, d).
 
     Computed once and kept in a file, whose name holds a digest of all that decides it.
     """
     router = model.router
-    what = [model_sha256(folder), len(router.encoder.layers), str(router.encoder.dtype),
-            router.pooling, queries]
+    encoder = router.encoder
+    what = [model_sha256(folder), len(encoder.layers), encoder.dtype, router.pooling, queries]
     digest = hashlib.sha256(str(what).encode()).hexdigest()
     path = cached(f"features-{digest[:16]}.safetensors")
     if not path.exists():
-        with torch.no_grad():
-            # no map yet: it is trained on what the encoder says
-            features = model.embed(queries, read=router.pool)
+        # no map yet: it is trained on what the encoder says
+        features = model.embed(queries, read=router.pool)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as tmp:
             save_file({"features": features}, tmp)
     return load_file(path)["features"]
 
-
-def router_scores(model, examples, inside, args):
-    """Cosines (n, E) of all examples, by the router of the model, trained on those `inside`."""
-    run_stage(model, 2, 0, [examples[i] for i in inside], args, Unsaved())
-    with torch.no_grad():
-        h = model.embed([example.query for example in examples])
-        return cosine(h, model.router.e).numpy()
-
-
-# --------------------------------------------------------------------------------- the bag of words
 
 def bag_of_words(records, inside):
     """The yardstick: logistic regression on which words a query holds, one for each pole, fitted to
@@ -107,8 +68,6 @@ def bag_of_words(records, inside):
     return (x @ W + b).numpy()
 
 
-# -------------------------------------------------------------------------------------------- main
-
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,7 +76,8 @@ def parse_arguments():
     add_run_options(parser)
     add_method_options(parser)
     args = parser.parse_args()
-    parser.set_defaults(**PRESETS[args.preset or ("tiny" if args.base == "tiny" else "quick")])
+    preset = args.preset or ("tiny" if args.base == "tiny" else "quick")
+    parser.set_defaults(**PRESETS[preset])
     return parser.parse_args()
 
 
@@ -131,40 +91,45 @@ def main():
     model = build(settings, CPU, args.dtype)
     queries = model.encode_queries([record["query"] for record in records])
     if not args.train_encoder:
+        # from here on a query is a single word, and its embedding what the encoder has made of it
         features = read_features(model, folder, queries)
+        model.router.encoder.embed_tokens = torch.nn.Embedding.from_pretrained(features)
+        model.router.pooling = "words"
         queries = [[i] for i in range(len(queries))]
     # stage 2 reads no answers
     examples = [Example([], [], query, record["p"]) for query, record in zip(queries, records)]
     p = activations(records)                                                # (n, E)
-    fold = np.array([fold_of(record, args.folds) for record in records])
+    # its query decides the fold of a record, as it does for the held-out split
+    fold = np.array([by_hash({"query": "fold " + record["query"]}) % args.folds
+                     for record in records])
 
     # every query is scored once by each, in the fold in which it was not trained on
-    words = np.zeros(p.shape)
-    routers = np.zeros((args.seeds, *p.shape))
+    of_words = np.zeros(len(p))
+    of_routers = np.zeros((args.seeds, len(p)))
     for k in range(args.folds):
         inside = np.flatnonzero(fold != k)
         outside = fold == k
-        words[outside] = bag_of_words(records, inside)[outside]
+        of_words[outside] = average_precision(bag_of_words(records, inside), p)[outside]
         for args.seed in range(args.seeds):
             if args.train_encoder:
                 model = build(settings, CPU, args.dtype)
-            else:
-                model.router = CachedRouter(model.router.encoder, len(TRAITS), args.tau,
-                                            args.pooling, args.start, frozen_encoder=True)
-                model.router.features = features
-            scores = router_scores(model, examples, inside, args)
-            routers[args.seed, outside] = scores[outside]
-    of_words = average_precision(words, p)                                  # (n,)
-    of_routers = np.array([average_precision(scores, p) for scores in routers])
-    mean = of_routers.mean(axis=0)
-    rows = [
-        {"name": "bag of words", "mean average precision": mean_interval(of_words)},
-        {"name": "ours", "mean average precision": mean_interval(mean),
-         "difference": mean_interval(mean - of_words),
-         "by seed": "  ".join(f"{precision.mean():.3f}" for precision in of_routers)},
-    ]
+            # not the main process, so that nothing is written
+            run = Run(".", settings, is_main=False)
+            run_stage(model, 2, 0, [examples[i] for i in inside], args, run)
+            w = model.route(queries).numpy()                                # (n, E)
+            of_routers[args.seed, outside] = average_precision(w, p)[outside]
+    ours = of_routers.mean(axis=0)
+    by_seed = "  ".join(f"{precision:.3f}" for precision in of_routers.mean(axis=1))
     print(f"{len(records)} training queries, {args.folds} folds; {time.time() - began:.0f} s")
-    print_rows(rows)
+    print_rows([
+        {"name": "bag of words", "mean average precision": mean_interval(of_words)},
+        {
+            "name": "ours",
+            "mean average precision": mean_interval(ours),
+            "difference": mean_interval(ours - of_words),
+            "by seed": by_seed,
+        },
+    ])
 
 
 if __name__ == "__main__":

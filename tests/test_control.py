@@ -72,9 +72,9 @@ def test_gain_of_a_turn_is_what_the_pole_gains_over_its_opposite():
     own = np.array([1, 0, 1, 0])
     opposite = np.array([0, 1, 0, 0])
     # three steps of two own records, one of the opposite and one that was not measured
-    losses = np.array([[3.0, 4.0, 5.0, np.nan], [2.0, 4.5, 5.0, np.nan], [1.0, 4.5, 4.0, np.nan]])
-    own_curve, opposite_curve, gain, rising = control.measure_dial(losses, own, opposite)
-    assert own_curve == [4, 3.5, 2.5] and opposite_curve == [4, 4.5, 4.5]
+    losses = np.array([[3.0, 4.0, 5.0, 0.0], [2.0, 4.5, 5.0, 0.0], [1.0, 4.5, 4.0, 0.0]])
+    curve, gain, rising = control.measure_dial(losses, own, opposite)
+    assert curve == [4, 3.5, 2.5]
     assert gain[0] == pytest.approx(1.5 + 0.5) and rising == 2
 
 
@@ -113,7 +113,7 @@ def test_control_and_steering_of_a_run(run):
     assert [row["name"] for row in matrix] == TRAITS and all(len(row) == 11 for row in matrix)
 
     rows = evaluated("--run", run, "--steering", "--limit", "8")[f"{run}, steering"]
-    assert [row["name"] for row in rows[::2]] == TRAITS
+    assert [row["name"] for row in rows] == TRAITS
     assert all(f"w = {value}" in row for row in rows for value in control.DIAL)
 
 
@@ -186,14 +186,22 @@ def texts_of(path):
     return [element.text for element in ElementTree.parse(path).iter() if element.text and element.text.strip()]
 
 
+def test_what_people_and_models_write_stays_well_formed(tmp_path):
+    voices = figures.draw_voices(["Is 1 < 2 & so on?"], [[0.25] * 10], ["a <b> & a bell \x07"])
+    figures.write(tmp_path / "voices.svg", *voices)
+    shown = texts_of(tmp_path / "voices.svg")
+    assert "“Is 1 < 2 & so on?”" in shown and "a <b> & a bell" in shown[-1]
+    assert [text for text in shown if text in TRAITS] == TRAITS and shown.count("0.25") == 10
+
+
 def test_pictures_of_a_run(run, tmp_path):
     command = "experiments.figures", "--run", run, "--out", tmp_path / "new", "--dtype", "fp32", "--max-new-tokens", 8
-    result = program(*command, "--query", "Is 1 < 2 & so on?", "--query", "I feel anxious")
+    result = program(*command)
     assert result.returncode == 0, result.stderr
     shown = texts_of(tmp_path / "new" / "voices.svg")
-    assert "“Is 1 < 2 & so on?”" in shown and "“I feel anxious”" in shown
+    assert sum(text.startswith("“") for text in shown) == 2
     model, _ = load_run(run, CPU, torch.float32)
-    for row in model.mixing_weights(["Is 1 < 2 & so on?", "I feel anxious"]):
+    for row in model.mixing_weights(figures.QUERIES):
         assert {f"{weight:.2f}" for weight in row} <= set(shown)
     assert [text for text in shown if text in TRAITS] == 2 * TRAITS
     shown = texts_of(tmp_path / "new" / "control.svg")
@@ -201,8 +209,3 @@ def test_pictures_of_a_run(run, tmp_path):
     values = [row[pole] for row in rows for pole in SHORT]
     drawn = [int(text) for text in shown if text[0] in "+-"]
     assert drawn == pytest.approx([value for value in values if value == value], abs=0.6)
-
-    # without --query it asks two of the held-out ones
-    result = program(*command, "--limit", 3)
-    assert result.returncode == 0, result.stderr
-    assert sum(text.startswith("“") for text in texts_of(tmp_path / "new" / "voices.svg")) == 2

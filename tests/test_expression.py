@@ -66,7 +66,8 @@ def hand_made(n):
 
 def test_a_reader_reads_what_it_has_learned():
     texts, p = hand_made(200)
-    reader = expression.train_reader(texts[:150], p[:150])
+    training = [{"response": text, "p": row} for text, row in zip(texts[:150], p)]
+    reader = expression.make_reader(training)
     assert average_precision(reader.scores(texts[150:]), p[150:]).mean() == 1
     scores = reader.scores(["Wow! Let's go!", "what if it breaks?", ""])
     assert scores[0].argmax() == 0 and scores[1].argmax() == 8

@@ -26,10 +26,10 @@ import train
 from data import (TRAITS, Batch, expert_batch, expert_subsets, joint_batch, load_records,
                   router_batch, trait_groups)
 from experiments.common import response_nll
-from experiments.record import Unsaved
 from lora import lora_layers
 from personafuse import build, load_run, response_batch
 from plumbing.files import UserError
+from plumbing.runs import Run
 
 CPU = torch.device("cpu")
 SETTINGS = dict(names=TRAITS, rank=4, lora_alpha=8, encoder_layers=0, train_encoder=True,
@@ -331,9 +331,12 @@ def test_frozen_means_frozen_and_each_stage_trains_its_own(model, examples, froz
     args = Namespace(**(vars(ARGS) | rates | sizes))
     # nothing activates experts 1 and 8
     examples = [example for example in examples if not example.p[1] and not example.p[8]]
+    # not the main process's: it writes nothing
+    settings = dict(variant="personafuse", save_every=None, save_minutes=60)
+    run = Run(".", settings, is_main=False)
     for stage in (1, 2, 3):
         before = {name: t.detach().clone() for name, t in model.named_parameters()}
-        train.run_stage(model, stage, 0, examples, args, Unsaved())
+        train.run_stage(model, stage, 0, examples, args, run)
         for name, t in model.named_parameters():
             expert = name.endswith((".A", ".B")) and stage != 2
             encoder = name.startswith("router.encoder.")
