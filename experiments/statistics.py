@@ -16,6 +16,8 @@ def bootstrap(statistic, n):
     values = []
     with np.errstate(invalid="ignore"):
         value = statistic(np.arange(n))
+        if np.isnan(value):                     # then it is NaN of any of them
+            return [np.nan] * 3
         for _ in range(1000):
             values.append(statistic(rng.integers(n, size=n)))
     low, high = np.nanpercentile(values, [2.5, 97.5])
