@@ -122,8 +122,8 @@ def untrained(ids, embedding):
     for i in ids:
         # empty, and so of length 0, where the model has no such row
         row = embedding[i:i + 1]
-        alike = [j for j in ids if row.equal(embedding[j:j + 1])]
-        if row.norm() < short or len(alike) > 1:
+        copies = sum(row.equal(embedding[j:j + 1]) for j in ids)
+        if row.norm() < short or copies > 1:
             bad.add(i)
     return bad
 
@@ -175,12 +175,11 @@ class ChatTokenizer:
         why = ""
         try:
             turns = own_turns(self.folder)
+            if turns:
+                self.use("own", "the folder's own template", *map(self.pieces, turns))
+                return
         except Exception as error:                      # a template may raise anything
-            turns = None
             why = f" (the folder's own template cannot be followed: {error})"
-        if turns:
-            self.use("own", "the folder's own template", *map(self.pieces, turns))
-            return
         for mark, (name, first, later) in FAMILIES.items():
             if self.tokenizer.token_to_id(mark) is not None:
                 self.use("family", name + why, self.prefix + self.pieces(first), self.pieces(later))
@@ -199,13 +198,10 @@ class ChatTokenizer:
         self.format_note = f"chat format: {name}"
         self.first = first
         self.later = later
-        # an answer ends with the control token behind it, else with the model's own end token
-        before, mark, after = self.later[0].partition("{answer}")
-        if after.strip():
-            self.answer = before + mark
-            self.end = self.eos[0]
-        else:
-            self.answer, self.end = self.later[:2]
+        # an answer ends with the control token behind it, else with the model's own end token;
+        # blanks before such a control token are part of it
+        self.answer = re.match(r"\s*\{answer\}(\s*\Z)?", later[0])[0]
+        self.end = later[1] if self.answer == later[0] else self.eos[0]
         # any of these ends one in generation
         self.stop = {self.end, *self.eos}
 
@@ -281,8 +277,9 @@ class ChatTokenizer:
             # where in the text each of its tokens stands
             spans = self.tokenizer.encode(query, add_special_tokens=False).offsets
             end, _ = spans[-excess:][0]
-            # cut there, the rest may still come to a token too many
-            query = query[:end]
+            # cut there, the rest may still come to a token too many; a character goes in any case,
+            # for some tokenizers say of blanks that they stand behind themselves
+            query = query[:-1][:end]
 
     def encode_prompt(self, query, history=()):
         """The query in the chat format, up to where the answer starts -> token ids.
