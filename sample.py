@@ -15,8 +15,7 @@ from data import TRAITS, WORDS, ChatTokenizer, parse_traits
 from lora import merge, unmerge
 from personafuse import (DTYPES, PersonaFuse, base_sampling, generate, load_llama, load_run,
                          pick_device)
-from plumbing.files import (UserError, check_text, number, read_json, run_program,
-                            write_json)
+from plumbing.files import UserError, check_text, number, read_json, run_program, write_json
 from plumbing.models import find_model, model_table
 from router import ROUTES
 
@@ -35,7 +34,7 @@ def parse_arguments():
     add("--run", help="a folder that train.py wrote (default: the newest under out/)")
     add("--base", help="where the run's base is now; with --route none no run is needed")
     add("--traits", type=check_setting,
-        help='weights by hand, for the router\'s: "high agreeableness=0.7, low neuroticism=0.3"')
+        help='weights by hand, not by the router: "high agreeableness=0.7, low neuroticism=0.3"')
     add("--route", default="learned", choices=ROUTES,
         help="how the experts are mixed (default: learned; none is the bare base)")
     add("--compare", action="append", nargs="?", const="none", default=[], metavar="WEIGHTS",

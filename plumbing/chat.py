@@ -139,24 +139,25 @@ class ChatTokenizer:
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:                      # tokenizers raises bare Exception
             raise UserError(f"cannot read {path}: {error}")
-        kind = type(self.tokenizer.model).__name__
+        kind = type(tokenizer.model).__name__
         if kind != "BPE":
             # their vocabulary holds control tokens itself: a user's text could become one
             raise UserError(f"{path}: a tokenizer of type {kind} is not supported (BPE is)")
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        added = self.tokenizer.get_added_tokens_decoder()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
         # left out where an answer is shown
         self.hidden = {i for i, token in added.items() if token.special}
         # added words and runs of blanks are not control but vocabulary
         self.control = {i: token for i, token in added.items()
                         if token.special or re.search(r"[^\w\s]", token.content)}
         # what the tokenizer by itself puts before a text: BOS
-        probe = self.tokenizer.encode("a")
+        probe = tokenizer.encode("a")
         self.prefix = probe.ids[:probe.special_tokens_mask.index(0)]
+        self.tokenizer = tokenizer
 
         self.eos = []
         for name in ("config.json", "generation_config.json"):
@@ -167,8 +168,8 @@ class ChatTokenizer:
         self.choose_format()
         # the format's own tags are read; from here on what a user types is text, never control,
         # however the folder marks its added tokens: all are special now, and so are held back
-        self.tokenizer.add_special_tokens(list(self.control.values()))
-        self.tokenizer.encode_special_tokens = True
+        tokenizer.add_special_tokens(list(self.control.values()))
+        tokenizer.encode_special_tokens = True
 
     def choose_format(self):
         """The folder's own template, else that of its family, else the plain format."""
