@@ -3,33 +3,70 @@
 What a user types is text, never control, and only a format's own tags become control tokens.
 """
 
+import math
 import re
 from datetime import date
 from pathlib import Path
 
+# sandboxed, for a template is a stranger's program; jinja2 comes with torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from plumbing.files import UserError, read_json, read_text
 
-PLACE = re.compile(r"\{(query|answer)\}")
-
-CHATML = "<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n"
-LLAMA = ("<|start_header_id|>user<|end_header_id|>\n\n{query}<|eot_id|>"
-         "<|start_header_id|>assistant<|end_header_id|>\n\n")
-FALCON = "<|user|>\n{query}\n<|assistant|>\n"
 # of published models, for copies of them without their template: a token that tells the family ->
-# its name, what stands before the first turn, a turn, and what ends an answer
+# its name, what stands up to the first answer, and from there to the next one
 FAMILIES = {
-    "<|start_header_id|>": (
-        "Llama 3.1's", "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
-        "December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>", LLAMA, "<|eot_id|>"),
-    "<|object_ref_start|>": (
-        "Qwen2.5's", "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a "
-        "helpful assistant.<|im_end|>\n", CHATML, "<|im_end|>\n"),
-    "<|im_start|>": (
-        "SmolLM2's", "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
-        "Hugging Face<|im_end|>\n", CHATML, "<|im_end|>\n"),
-    ">>QUESTION<<": ("Falcon3's", "", FALCON, "<|endoftext|>\n"),
+    "<|start_header_id|>": ("Llama 3.1's", """\
+<|start_header_id|>system<|end_header_id|>
+
+Cutting Knowledge Date: December 2023
+Today Date: 26 Jul 2024
+
+<|eot_id|><|start_header_id|>user<|end_header_id|>
+
+{query}<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+""", """\
+{answer}<|eot_id|><|start_header_id|>user<|end_header_id|>
+
+{query}<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+"""),
+    "<|object_ref_start|>": ("Qwen2.5's", """\
+<|im_start|>system
+You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>
+<|im_start|>user
+{query}<|im_end|>
+<|im_start|>assistant
+""", """\
+{answer}<|im_end|>
+<|im_start|>user
+{query}<|im_end|>
+<|im_start|>assistant
+"""),
+    "<|im_start|>": ("SmolLM2's", """\
+<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+<|im_start|>user
+{query}<|im_end|>
+<|im_start|>assistant
+""", """\
+{answer}<|im_end|>
+<|im_start|>user
+{query}<|im_end|>
+<|im_start|>assistant
+"""),
+    ">>QUESTION<<": ("Falcon3's", """\
+<|user|>
+{query}
+<|assistant|>
+""", """\
+{answer}<|endoftext|>
+<|user|>
+{query}
+<|assistant|>
+"""),
 }
 
 
@@ -52,27 +89,22 @@ def own_turns(folder):
     if not source:
         return None
     # blocks of transformers' own around what an assistant says, for masks: here without effect
-    source = re.sub(r"(\{%[+-]?\s*)generation\b", r"\1if true", source)
-    source = re.sub(r"(\{%[+-]?\s*)endgeneration\b", r"\1endif", source)
-    # what it may use: bos_token and its like, as text or as {"content": text, ...}
-    names = {"tools": None, "documents": None, "add_generation_prompt": True}
+    source = re.sub(r"(\{%[+-]?\s*(end)?)generation\b", r"\1with", source)
+    # what it may use; the date is the same every day: a prompt stays what it was in training
+    names = {"tools": None, "documents": None, "add_generation_prompt": True,
+             "strftime_now": date(2024, 7, 26).strftime}
+    # bos_token and its like, as text or as {"content": text, ...}
     for key, value in config.items():
         # null is what it has no token for: in the template too it is not there
         if key.endswith("_token") and value is not None:
             names[key] = value["content"] if isinstance(value, dict) else value
-    # the date is the same every day: a prompt stays what it was in training
-    names["strftime_now"] = date(2024, 7, 26).strftime
-    # sandboxed, for it is a stranger's program; jinja2 comes with torch
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                           extensions=["jinja2.ext.loopcontrols"])
     template = jinja.from_string(source)
-    query = {"role": "user", "content": "{query}"}
-    answer = {"role": "assistant", "content": "{answer}"}
-    turns = [query, answer] * 3
-    first = template.render(names, messages=turns[:1])
-    second = template.render(names, messages=turns[:3])
-    third = template.render(names, messages=turns[:5])
+    turns = 3 * [{"role": "user", "content": "{query}"},
+                 {"role": "assistant", "content": "{answer}"}]
+    # up to where the first, the second and the third answer starts
+    first, second, third = [template.render(names, messages=turns[:n]) for n in (1, 3, 5)]
     later = second.removeprefix(first)
     if third != first + later + later or not later.strip().startswith("{answer}"):
         raise ValueError("its turns are not all alike")
@@ -85,12 +117,13 @@ def untrained(ids, embedding):
     Rows that training has never reached are near zero, or copies of one another. Trained ones are
     alike in length: SmolLM2's and tiny's shortest have more than half of the median.
     """
-    lengths = embedding.norm(dim=1)                                     # (V)
-    short = lengths.median() / 10
-    bad = {i for i in ids if i >= len(lengths) or lengths[i] < short}
-    known = set(ids) - bad
-    for i in known:
-        if any(embedding[i].equal(embedding[j]) for j in known - {i}):
+    short = embedding.norm(dim=1).median() / 10
+    bad = set()
+    for i in ids:
+        # empty, and so of length 0, where the model has no such row
+        row = embedding[i:i + 1]
+        copies = sum(row.equal(embedding[j:j + 1]) for j in ids)
+        if row.norm() < short or copies > 1:
             bad.add(i)
     return bad
 
@@ -106,21 +139,25 @@ class ChatTokenizer:
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:                      # tokenizers raises bare Exception
             raise UserError(f"cannot read {path}: {error}")
-        kind = type(self.tokenizer.model).__name__
+        kind = type(tokenizer.model).__name__
         if kind != "BPE":
             # their vocabulary holds control tokens itself: a user's text could become one
             raise UserError(f"{path}: a tokenizer of type {kind} is not supported (BPE is)")
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.hold_back_control()
-        # what the tokenizer by itself puts before a text, BOS, and behind it, an embedding's end
-        probe = self.tokenizer.encode("a")
-        start = probe.special_tokens_mask.index(0)
-        self.prefix = probe.ids[:start]
-        self.suffix = probe.ids[start + probe.special_tokens_mask.count(0):]
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
+        # left out where an answer is shown
+        self.hidden = {i for i, token in added.items() if token.special}
+        # added words and runs of blanks are not control but vocabulary
+        self.control = {i: token for i, token in added.items()
+                        if token.special or re.search(r"[^\w\s]", token.content)}
+        # what the tokenizer by itself puts before a text: BOS
+        probe = tokenizer.encode("a")
+        self.prefix = probe.ids[:probe.special_tokens_mask.index(0)]
+        self.tokenizer = tokenizer
 
         self.eos = []
         for name in ("config.json", "generation_config.json"):
@@ -129,47 +166,32 @@ class ChatTokenizer:
         if not self.eos:
             raise UserError(f"{folder}: config.json names no end token (eos_token_id)")
         self.choose_format()
-
-    def hold_back_control(self):
-        """What a user types is text, never control, however the folder marks its added tokens."""
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.hidden = set()                             # left out where an answer is shown
-        self.control = {}
-        for i, token in added.items():
-            if token.special:
-                self.hidden.add(i)
-            # added words and runs of blanks are not control but vocabulary
-            if token.special or re.search(r"[^\w\s]", token.content):
-                self.control[i] = token
-        # they were added before; now all of them are special, and so is held back
-        self.tokenizer.add_special_tokens(list(self.control.values()))
-        self.tokenizer.encode_special_tokens = True
+        # the format's own tags are read; from here on what a user types is text, never control,
+        # however the folder marks its added tokens: all are special now, and so are held back
+        tokenizer.add_special_tokens(list(self.control.values()))
+        tokenizer.encode_special_tokens = True
 
     def choose_format(self):
         """The folder's own template, else that of its family, else the plain format."""
         why = ""
         try:
             turns = own_turns(self.folder)
+            if turns:
+                self.use("own", "the folder's own template", *map(self.pieces, turns))
+                return
         except Exception as error:                      # a template may raise anything
-            turns = None
             why = f" (the folder's own template cannot be followed: {error})"
-        if turns:
-            self.use("own", "the folder's own template", *map(self.pieces, turns))
-            return
-        for mark, (name, system, turn, end) in FAMILIES.items():
+        for mark, (name, first, later) in FAMILIES.items():
             if self.tokenizer.token_to_id(mark) is not None:
-                first = self.prefix + self.pieces(system + turn)
-                later = self.pieces("{answer}" + end + turn)
-                self.use("family", name + why, first, later)
+                self.use("family", name + why, self.prefix + self.pieces(first), self.pieces(later))
                 return
         self.use_plain(why)
 
     def use_plain(self, why):
         turn = "User: {query}\nAssistant:"
         # a space parts the answer from the prompt
-        later = [" {answer}", self.eos[0], turn]
-        first = [*self.prefix, turn]
-        self.use("plain", f"plain text 'User: ... Assistant:'{why}", first, later)
+        self.use("plain", f"plain text 'User: ... Assistant:'{why}",
+                 [*self.prefix, turn], [" {answer}", self.eos[0], turn])
 
     def use(self, source, name, first, later):
         """Write conversations in these turns from now on; source: "own", "family" or "plain"."""
@@ -177,21 +199,16 @@ class ChatTokenizer:
         self.format_note = f"chat format: {name}"
         self.first = first
         self.later = later
-        # an answer ends with the control token behind it, else with the model's own end token
-        before, mark, after = self.later[0].partition("{answer}")
-        if after.strip():
-            self.answer = before + mark
-            self.end = self.eos[0]
-        else:
-            self.answer, self.end = self.later[:2]
+        # an answer ends with the control token behind it, else with the model's own end token;
+        # blanks before such a control token are part of it
+        self.answer = re.match(r"\s*\{answer\}(\s*\Z)?", later[0])[0]
+        self.end = later[1] if self.answer == later[0] else self.eos[0]
         # any of these ends one in generation
         self.stop = {self.end, *self.eos}
 
     def pieces(self, text):
         """A template's text -> its parts: ids of control tokens, and the texts between them."""
-        self.tokenizer.encode_special_tokens = False
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        self.tokenizer.encode_special_tokens = True
         parts = []
         done = 0
         for i, (start, end) in zip(encoding.ids, encoding.offsets):
@@ -199,7 +216,7 @@ class ChatTokenizer:
                 # some take the blanks beside them with them
                 parts += [text[done:start], i]
                 done = end
-        return [part for part in [*parts, text[done:]] if part != ""]
+        return [*parts, text[done:]]
 
     def check_against(self, embedding):
         """Look at the model's embedding (V, d), once it is loaded.
@@ -209,10 +226,10 @@ class ChatTokenizer:
         """
         rows = len(embedding)
         vocabulary = self.tokenizer.get_vocab()
-        needed = self.prefix + self.suffix + self.eos[:1]
-        for token, i in vocabulary.items():
-            if i >= rows and i not in self.control:
-                # a vocabulary may be padded with what no text leads to: then it is not among these
+        needed = self.tokenizer.encode("").ids + self.eos[:1]
+        for i in vocabulary.values():
+            # a vocabulary may be padded with what no text leads to: then it is not among these
+            if i >= rows:
                 needed += self.encode(self.decode([i]))
         if max(needed) >= rows:
             raise UserError(f"{self.folder}: tokenizer.json has {len(vocabulary)} tokens, the "
@@ -233,7 +250,8 @@ class ChatTokenizer:
                 ids.append(part)
             else:
                 # one pass: a text that holds "{query}" itself says just that
-                ids += self.encode(PLACE.sub(lambda place: texts[place[1]], part))
+                ids += self.encode(re.sub(r"\{(query|answer)\}",
+                                          lambda place: texts[place[1]], part))
         return ids
 
     def encode(self, text):
@@ -243,34 +261,37 @@ class ChatTokenizer:
         shown = [i for i in ids if i not in self.hidden]
         return self.tokenizer.decode(shown, skip_special_tokens=False)
 
-    def encode_query(self, query, format="raw", max_length=None):
+    def encode_query(self, query, format="raw", max_length=math.inf):
         """A query -> token ids: "raw", as an encoder reads a text, or "chat", in the chat format up
         to where the answer starts.
 
         One of more than max_length tokens loses the end of its text; what stands around it stays.
         """
-        if format == "chat":
-            ids = self.fill(self.first, query=query)
-        else:
-            ids = self.prefix + self.encode(query) + self.suffix
-        excess = len(ids) - (max_length or len(ids))
-        if excess <= 0 or not query:
-            return ids
-        # where in the text each of its tokens stands
-        spans = self.tokenizer.encode(query, add_special_tokens=False).offsets
-        end, _ = spans[-excess:][0]
-        # cut there, the rest may still come to a token too many
-        return self.encode_query(query[:end], format, max_length)
+        while True:
+            if format == "chat":
+                ids = self.encode_prompt(query)
+            else:
+                ids = self.tokenizer.encode(query).ids
+            excess = len(ids) - max_length
+            if excess <= 0 or not query:
+                return ids
+            # where in the text each of its tokens stands
+            spans = self.tokenizer.encode(query, add_special_tokens=False).offsets
+            end, _ = spans[-excess:][0]
+            # cut there, the rest may still come to a token too many; a character goes in any case,
+            # for some tokenizers say of blanks that they stand behind themselves
+            query = query[:-1][:end]
 
     def encode_prompt(self, query, history=()):
         """The query in the chat format, up to where the answer starts -> token ids.
 
         history: the (query, response) pairs of the turns before it.
         """
-        queries = [past for past, _ in history] + [query]
-        ids = self.encode_query(queries[0], "chat")
-        for (_, response), after in zip(history, queries[1:]):
-            ids += self.fill(self.later, answer=response, query=after)
+        ids = []
+        parts, answer = self.first, ""
+        for asked, response in [*history, (query, "")]:
+            ids += self.fill(parts, query=asked, answer=answer)
+            parts, answer = self.later, response
         return ids
 
     def encode_answer(self, response):

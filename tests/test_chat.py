@@ -269,6 +269,27 @@ def test_a_long_query_loses_its_end_and_what_stands_around_it_stays(family, form
     assert ours.encode_query(text, format, 9999) == ours.encode_query(text, format)
 
 
+@pytest.mark.parametrize("format", ["raw", "chat"])
+def test_a_long_query_is_cut_where_tokens_of_blanks_have_no_place(format, tmp_path):
+    folder = make_folder(tmp_path, [END])
+    path = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.save(path)
+    ours = ChatTokenizer(folder)
+    text = "I   feel    so  \n\n  anxious     " * 9
+    empty = len(ours.encode_query("", format))
+    for length in range(empty + 1, empty + 40):
+        assert empty < len(ours.encode_query(text, format, length)) <= length
+
+
+def test_a_special_token_in_front_of_an_answer_is_not_followed(tmp_path):
+    template = "{% for m in messages %}{{ '\n' + m.content }}</s>{% endfor %}"
+    ours = ChatTokenizer(make_folder(tmp_path, [END, "\n"], template))
+    assert ours.source == "plain" and "cannot be followed" in ours.format_note
+    assert ours.encode_answer("Yes.") == [*ours.encode(" Yes."), 0]
+
+
 # ----------------------------------------------------------------------------------------- records
 
 RECORD = {"query": "I feel anxious", "social_traits": ["High Agreeableness"], "task_traits": [], "response": "That sounds hard."}

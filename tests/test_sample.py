@@ -19,6 +19,7 @@ from test_llama import plain_greedy
 
 from data import TRAITS
 from personafuse import load_run
+from plumbing.files import UserError
 from sample import answer_turn
 
 CPU = torch.device("cpu")
@@ -303,6 +304,32 @@ def test_a_conversation_keeps_the_turns_and_obeys_its_commands(run, model):
     assert first in turns[1] and second in turns[2]
 
 
+def test_other_answers_stand_above_ours_in_a_conversation_too(run, model):
+    code, seen = converse(run, "I feel anxious", "/traits high openness", "hi",
+                          options=["--compare"])
+    assert code == 0, seen
+    first = plain_answer(model, "I feel anxious", model.mixing_weights(["I feel anxious"])[0], 8)
+    bare = plain_answer(model, "I feel anxious", torch.zeros(10), 8)
+    turns = seen.split("you: ")
+    assert f"bare base:\n{bare}" in turns[1] and f"PersonaFuse:\n{first}" in turns[1]
+    assert "bare base:\n" in turns[3] and "high openness:\n" in turns[3]
+
+
+def test_an_answer_that_breaks_off_leaves_no_experts_in_the_base(model, monkeypatch):
+    def overflow(*arguments, **options):
+        yield 5
+        raise UserError("not finite")
+
+    monkeypatch.setattr("sample.generate", overflow)
+    before = {name: t.clone() for name, t in model.base.state_dict().items()}
+    args = Namespace(max_new_tokens=8, seed=0, temperature=0.0, top_p=1.0, repetition_penalty=1.0,
+                     remarks={}, setting="uniform", compare=[])
+    with pytest.raises(UserError):
+        answer_turn(model, "hi", [], args)
+    for name, t in model.base.state_dict().items():
+        assert t.equal(before[name]), name
+
+
 # ------------------------------------------------------------------------------------- remarks
 
 def bar_of(turn, pole):
@@ -320,7 +347,7 @@ def test_remarks_move_the_bars_and_stay_in_the_profile(run, tmp_path):
     assert code == 0, seen
     turns = seen.split("you: ")
     assert "imaginative +2" in turns[3] and "imaginative +2, spontaneous -1" in turns[4]
-    assert "/more what? One of imaginative" in turns[5]
+    assert "/more: 'rude': 1 is no remark" in turns[5] and "for imaginative" in turns[5]
     before, after = turns[1], turns[6]
     assert bar_of(after, "high openness") > bar_of(before, "high openness")
     assert bar_of(after, "low conscientiousness") < bar_of(before, "low conscientiousness")
@@ -357,15 +384,15 @@ def test_a_remark_that_cannot_be_kept_counts_for_nothing(run, tmp_path):
     profile = tmp_path / "me.json"
     profile.write_text('{"kind": 99}')
     code, seen = converse(run, "/more kind", options=["--profile", profile])
-    assert "99 times is the most" in seen and profile.read_text() == '{"kind": 99}'
+    assert "'kind': 100 is no remark" in seen and profile.read_text() == '{"kind": 99}'
 
 
 def test_the_oldest_turns_make_room(model):
     history = [(f"question {i} " + "word " * 20, "answer " * 20) for i in range(8)]
     newest = history[-1]
     args = Namespace(max_new_tokens=8, seed=0, temperature=0.0, top_p=1.0, repetition_penalty=1.0,
-                     remarks=None)
-    answer_turn(model, "and now?", history, "none", args)
+                     remarks={}, setting="none", compare=[])
+    answer_turn(model, "and now?", history, args)
     assert 1 <= len(history) < 8 and history[-1] == newest
     # no more than had to go, all turns being of one length
     needed = []
