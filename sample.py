@@ -88,8 +88,8 @@ def check_remarks(where, remarks):
     """
     for word, count in remarks.items():
         if word not in WORDS or type(count) is not int or abs(count) > 99:
-            raise UserError(f"{where}: {word!r}: {count!r} is no remark; they are whole numbers up "
-                            f"to 99 for {', '.join(WORDS)}")
+            raise UserError(f"{where}: {word!r} ({count!r}) is no remark: the words are "
+                            f"{', '.join(WORDS)}, the numbers whole and up to 99")
     return remarks
 
 

@@ -347,7 +347,7 @@ def test_remarks_move_the_bars_and_stay_in_the_profile(run, tmp_path):
     assert code == 0, seen
     turns = seen.split("you: ")
     assert "imaginative +2" in turns[3] and "imaginative +2, spontaneous -1" in turns[4]
-    assert "/more: 'rude': 1 is no remark" in turns[5] and "for imaginative" in turns[5]
+    assert "/more: 'rude' (1) is no remark" in turns[5] and "words are imaginative" in turns[5]
     before, after = turns[1], turns[6]
     assert bar_of(after, "high openness") > bar_of(before, "high openness")
     assert bar_of(after, "low conscientiousness") < bar_of(before, "low conscientiousness")
@@ -359,7 +359,7 @@ def test_remarks_move_the_bars_and_stay_in_the_profile(run, tmp_path):
 
 
 @pytest.mark.parametrize("text, said", [
-    ('{"rude": 1}', "'rude': 1 is no remark"), ('{"kind": "much"}', "'kind': 'much' is no remark"),
+    ('{"rude": 1}', "'rude' (1) is no remark"), ('{"kind": "much"}', "'kind' ('much') is no remark"),
     ('{"kind": 1000}', "no remark"), ('{"kind": true}', "no remark"), ("[]", "no JSON object"),
     ("{", "cannot read")])
 def test_a_profile_that_is_none_is_refused(text, said, tmp_path):
@@ -384,7 +384,7 @@ def test_a_remark_that_cannot_be_kept_counts_for_nothing(run, tmp_path):
     profile = tmp_path / "me.json"
     profile.write_text('{"kind": 99}')
     code, seen = converse(run, "/more kind", options=["--profile", profile])
-    assert "'kind': 100 is no remark" in seen and profile.read_text() == '{"kind": 99}'
+    assert "'kind' (100) is no remark" in seen and profile.read_text() == '{"kind": 99}'
 
 
 def test_the_oldest_turns_make_room(model):
