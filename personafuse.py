@@ -688,8 +688,7 @@ def build(settings, device, dtype):
     at = torch.device("cpu") if settings.get("shard") else device
     base = load_llama(folder, at, dtype, len(settings["names"]), settings["rank"],
                       settings["lora_alpha"], settings["seed"])
-    tokenizer = ChatTokenizer(folder)
-    tokenizer.check_against(base.embed_tokens.weight)
+    tokenizer = ChatTokenizer(folder, base.embed_tokens.weight)
     folder = settings["encoder_folder"]
     if folder is None:
         return PersonaFuse(base, tokenizer)
@@ -697,8 +696,7 @@ def build(settings, device, dtype):
     frozen = not settings["train_encoder"]
     encoder = load_llama(folder, device, dtype, weight_dtype=None if frozen else torch.float32,
                          layers=settings["encoder_layers"])
-    encoder_tokenizer = ChatTokenizer(folder)
-    encoder_tokenizer.check_against(encoder.embed_tokens.weight)
+    encoder_tokenizer = ChatTokenizer(folder, encoder.embed_tokens.weight)
     router = Router(encoder, len(settings["names"]), settings["tau"], settings["pooling"],
                     settings["start"], frozen)
     return PersonaFuse(base, tokenizer, router.to(device), encoder_tokenizer,

@@ -107,8 +107,7 @@ def load_model(args):
     if args.route == "none" and args.base and not args.run:
         folder = find_model(args.base)
         llama = load_llama(folder, device, args.dtype)
-        tokenizer = ChatTokenizer(folder)
-        tokenizer.check_against(llama.embed_tokens.weight)
+        tokenizer = ChatTokenizer(folder, llama.embed_tokens.weight)
         model = PersonaFuse(llama, tokenizer)
         settings = base_sampling(folder)
     else:

@@ -132,10 +132,11 @@ class ChatTokenizer:
     """A model folder's tokenizer.json and its chat format: text to token ids and back.
 
     `format_note` says which format that is, and why. `first` and `later` are its turns, as lists of
-    ids of control tokens and the texts between them.
+    ids of control tokens and the texts between them. With the model's embedding (V, d) it is checked
+    against the model, see check_against.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, embedding=None):
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         try:
@@ -170,6 +171,8 @@ class ChatTokenizer:
         # however the folder marks its added tokens: all are special now, and so are held back
         tokenizer.add_special_tokens(list(self.control.values()))
         tokenizer.encode_special_tokens = True
+        if embedding is not None:
+            self.check_against(embedding)
 
     def choose_format(self):
         """The folder's own template, else that of its family, else the plain format."""
