@@ -7,7 +7,6 @@ import ctypes
 import hashlib
 import json
 import os
-import platform
 import re
 import sys
 from contextlib import contextmanager, suppress
@@ -25,9 +24,8 @@ class UserError(Exception):
 
 
 def run_program(main):
-    """Run a program's main(): what the user can mend ends in one line and exit code 2.
-
-    Our own bugs end in a traceback.
+    """Run a program's main(): what the user can mend, or the operating system refuses, ends in one
+    line and exit code 2. Our own bugs end in a traceback.
     """
     # a pipe on Windows is cp1252, which has no bars: better a ? than no answer
     if hasattr(sys.stdout, "reconfigure"):
@@ -36,13 +34,14 @@ def run_program(main):
         main()
         sys.stdout.flush()
         return
-    except UserError as error:
-        problem = str(error)
-    except KeyboardInterrupt:
-        problem = "interrupted; what was saved before stays"
     except BrokenPipeError:
         # the reader of our output has gone, as in `... | head`: an ordinary exit would write to it
         os._exit(0)
+    except (UserError, OSError) as error:
+        # an OSError names its file
+        problem = str(error)
+    except KeyboardInterrupt:
+        problem = "interrupted; what was saved before stays"
     except (MemoryError, RuntimeError) as error:
         # torch's own out-of-memory errors are RuntimeErrors
         if not re.search("MemoryError|out of memory|can't allocate memory", repr(error)):
@@ -85,12 +84,12 @@ def keep_freed_memory():
     It would give it back to the kernel, which clears it before it hands it out again: a fifth of a
     step of stage 1 on `tiny`. Blocks of more than 32 MB still go back.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    # the numbers are those of M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
-    libc.mallopt(-1, 2**31 - 1)
-    libc.mallopt(-3, 32 * 2**20)
+    # the others have no library of this name
+    with suppress(OSError):
+        libc = ctypes.CDLL("libc.so.6")
+        # the numbers are those of M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
+        libc.mallopt(-1, 2**31 - 1)
+        libc.mallopt(-3, 32 * 2**20)
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -121,8 +120,6 @@ def read_text(path):
     """The text of a UTF-8 file, with or without a byte order mark; UserError where it is not."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"cannot read {path}: line {line} is not UTF-8; save it as UTF-8")
@@ -153,8 +150,5 @@ def read_lines(path):
 
 
 def file_sha256(path):
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

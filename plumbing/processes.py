@@ -5,6 +5,7 @@ With one process every function here says so or does nothing.
 
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,7 +20,6 @@ from plumbing.files import UserError
 # once; this is for one that hangs. It is longer than what process 0 does alone: fetching a base
 # (16 GB at 10 MB/s are 27 minutes), tokenizing, and writing a state of 6 GB.
 TIME_LIMIT = timedelta(minutes=30)
-
 
 def process_rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -43,14 +43,11 @@ def my_share(n):
     """The members of range(n) that are this process's, and for each what it counts.
 
     Every process has as many: where the base is shared they must call it equally often, or wait for
-    one another for ever. One that would be short has index 0 again, which counts 0.
+    one another for ever. One that would be short has one of the first again, which counts 0.
     """
-    indices = list(range(process_rank(), n, process_count()))
-    counts = [1.0] * len(indices)
-    if len(indices) < math.ceil(n / process_count()):
-        indices.append(0)
-        counts.append(0.0)
-    return indices, counts
+    share = math.ceil(n / process_count())
+    mine = range(process_rank(), share * process_count(), process_count())
+    return [i % n for i in mine], [float(i < n) for i in mine]
 
 
 def shard(llama, device):
@@ -79,7 +76,7 @@ def joined_processes(device):
 
     When one of them ends with an error, torchrun ends the others and names it.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:               # torchrun sets it
+    if os.environ.get("WORLD_SIZE", "1") == "1":                # torchrun sets it
         yield device
         return
     backend = "gloo"
@@ -92,8 +89,8 @@ def joined_processes(device):
     try:
         yield device
     except RuntimeError as error:
-        # gloo has no error type of its own
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+        # DistBackendError and its like; gloo has no type of its own
+        if not re.search("^Dist|[Gg]loo", repr(error)):
             raise
         raise UserError(f"process {process_rank()} lost another one, which ended or hangs: the "
                         "same command with --resume goes on from the last saved step")
@@ -104,21 +101,22 @@ def joined_processes(device):
 def from_first(make):
     """What make() returns in process 0, given to all: only one process reads and writes files.
 
-    Its UserError ends them all, and is said once.
+    Its UserError or OSError ends them all, and is said once.
     """
-    result = [None, None]
+    result = [None]
     if process_rank() == 0:
         try:
-            result[0] = make()
-        except UserError as error:
-            result[1] = str(error)
+            result = [make()]
+        except (UserError, OSError) as error:
+            result = [error]
     if process_count() > 1:
         dist.broadcast_object_list(result)
-    if result[1] is None:
+    if not isinstance(result[0], Exception):
         return result[0]
     if process_rank() > 0:
         sys.exit(2)
-    raise UserError(result[1])
+    # held here no longer, or it would hold what it came through: a run's lock
+    raise result.pop()
 
 
 def settle_math():

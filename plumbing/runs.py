@@ -22,9 +22,10 @@ from plumbing.files import UserError, atomic_write
 
 # options that say how a program is started, not what the run is
 NOT_SAVED = {"stage", "resume", "preset", "shard"}
-# of base, encoder and data the hashes tell whether they are the same, wherever they lie
-FREE_ON_RESUME = {"base", "encoder", "base_folder", "encoder_folder", "data", "out", "device",
-                  "micro_batch", "checkpointing", "save_every", "save_minutes"}
+# where a run's inputs lie; their hashes tell whether they are the same
+PLACES = ["base", "base_folder", "encoder", "encoder_folder", "data"]
+FREE_ON_RESUME = {*PLACES, "out", "device", "micro_batch", "checkpointing", "save_every",
+                  "save_minutes"}
 # in these a stage and the ones that it builds on must agree
 SHARED_BY_STAGES = ["base_sha256", "encoder_sha256", "data_sha256", "variant", "rank", "lora_alpha",
                     "pooling", "query_format", "encoder_layers", "train_encoder", "start",
@@ -44,8 +45,6 @@ class Run:
         self.out = Path(os.path.realpath(out))
         self.metrics_file = self.out / "metrics.jsonl"
         self.settings = {key: value for key, value in settings.items() if key not in NOT_SAVED}
-        # a baseline has no router
-        self.order = [1, 2, 3] if settings["variant"] == "personafuse" else [1, 3]
         self.is_main = is_main
         self.lock = FileLock(self.out / ".lock", timeout=0)
         self.stop_requested = False
@@ -62,31 +61,35 @@ class Run:
         if resume and not self.begun():
             raise UserError(f"there is nothing to resume in {self.out} yet: start without --resume")
         self.take_lock()
-        stage, step = stages[0], 0
+        begun = self.begun()
+        start = stages[0], 0
         if resume:
-            stage = self.first_incomplete(stages)
-            if stage is None:
+            start = self.first_incomplete(stages)
+            if start is None:
                 return None
-            step = self.header(stage)["step"]
-        for earlier in self.order[:self.order.index(stage)]:
-            if not self.header(earlier)["done"]:
-                raise UserError(f"stage {stage} starts from what stage {earlier} wrote, and "
+        stage, step = start
+        # --resume trains nothing below a later stage, which came from what stood there
+        last = max(stage, *begun) if resume else stage
+        # a baseline has no router
+        order = [1, 2, 3] if self.settings["variant"] == "personafuse" else [1, 3]
+        for earlier in order:
+            if earlier < last and not self.header(earlier)["done"]:
+                raise UserError(f"stage {last} starts from what stage {earlier} wrote, and "
                                 f"{self.out} has no finished stage {earlier}: run --stage "
-                                f"{earlier} first, with --resume where it has begun")
+                                f"{earlier} first, with --resume where it is the last that has "
+                                "begun, else without --resume")
         # a run may have been stripped of its states
-        written = self.begun()
         if os.path.exists(self.out / "personafuse.json"):
-            written.append(1)
-        self.moves_aside = not resume and max(written, default=0) >= stage
-        for key in ("base", "encoder", "base_folder", "encoder_folder", "data"):
-            # a base may also be a name, and a path is absolute
-            path = Path(self.settings.get(key) or "")
-            inside = path.is_absolute() and path.resolve().is_relative_to(self.out)
-            if self.moves_aside and inside:
+            begun.append(1)
+        self.moves_aside = not resume and max(begun, default=0) >= stage
+        for key in PLACES:
+            # a base may also be a name, which lies nowhere
+            path = Path("/", self.settings.get(key) or "").resolve()
+            if self.moves_aside and path.is_relative_to(self.out):
                 raise UserError(f"{self.out} holds a run that would move aside, and {path} lies in "
                                 "it: give another --out")
-        self.start = stage, step
-        return self.start
+        self.start = start
+        return start
 
     def take_lock(self):
         """The operating system's lock: it goes with the process, however that ends."""
@@ -106,22 +109,17 @@ class Run:
             raise UserError(f"cannot write into {self.out}: {error.strerror}; give another --out")
 
     def first_incomplete(self, stages):
-        """Where --resume goes on; None where nothing is left to do."""
-        begun = self.begun()
-        last = begun[-1]
-        # the last of these that has begun, begun by a command like this one
+        """The (stage, step) where --resume goes on; None where nothing is left to do."""
         fixed = [key for key in self.settings if key not in FREE_ON_RESUME]
-        self.header(max(set(begun) & set(stages), default=stages[0]), fixed)
         # a stage is complete when it is evaluated: killed before, it makes up for that, but not
         # when a later one has begun, for what others read is the later one's then
         evaluated = [line["stage"] for line in self.metrics() if "held_out" in line]
+        last = max(self.begun())
         for stage in stages:
-            if self.header(stage)["done"] and (stage in evaluated or stage < last):
-                continue
-            if stage < last:
-                raise UserError(f"{self.out} holds stage {last}, but no finished stage {stage} "
-                                "that it came from: start without --resume")
-            return stage
+            # those of these that have begun were begun by a command like this one
+            header = self.header(stage, fixed)
+            if not header["done"] or (stage == last and stage not in evaluated):
+                return stage, header["step"]
 
     def header(self, stage, keys=SHARED_BY_STAGES):
         """What a stage's state says of itself; UserError where its settings differ in these keys.
@@ -129,40 +127,40 @@ class Run:
         if stage not in self.begun():
             return {"step": 0, "done": False}
         _, header = self.load_state(stage, tensors=False)
+        theirs = header["settings"]
         for key in keys:
-            if header["settings"].get(key) != self.settings.get(key):
+            if theirs.get(key) != self.settings.get(key):
                 # of a hash the name that goes with it
                 key = key.removesuffix("_sha256")
-                raise UserError(f"{self.out} was made with {key} = {header['settings'].get(key)!r},"
-                                f" this command's {self.settings.get(key)!r} is not the same: "
-                                "give that, or another --out")
+                raise UserError(f"{self.out} was made with {key} = {theirs.get(key)!r}, this "
+                                f"command's {self.settings.get(key)!r} is not the same: give that, "
+                                "or another --out")
         return header
 
     # ----------------------------------------------------------------------------------- beginning
 
     def begin(self):
         """Make the folder ready for what plan() said."""
-        stage, step = self.start
-        if self.moves_aside:
-            self.move_aside(stage)
         # what was logged after the state that the run goes on from is logged again
         kept = []
         for line in self.metrics():
-            if (line["stage"], line["step"], "held_out" in line) <= (stage, step, False):
+            if (line["stage"], line["step"], "held_out" in line) <= (*self.start, False):
                 kept.append(json.dumps(line) + "\n")
+        if self.moves_aside:
+            self.move_aside()
         with atomic_write(self.metrics_file) as tmp:
             tmp.write_text("".join(kept))
         self.saved_at = time.monotonic()
 
-    def move_aside(self, stage):
-        """What is in out/tiny goes to out/tiny.1, or the next free number; of the stages before
-        `stage` a copy.
+    def move_aside(self):
+        """What is in out/tiny goes to out/tiny.1, or the next free number; of the stages that the
+        new run builds on a copy.
         """
         number = 1
         while os.path.lexists(f"{self.out}.{number}"):
             number += 1
         aside = Path(f"{self.out}.{number}")
-        copied = [f"stage{earlier}.safetensors" for earlier in range(1, stage)]
+        copied = [self.state_file(earlier).name for earlier in range(1, self.start[0])]
         try:
             aside.mkdir()
             # in this order the states go last: what a crash leaves here still moves aside, as a run
@@ -192,22 +190,22 @@ class Run:
             return
         try:
             with open(self.metrics_file, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                print(json.dumps(line), file=file)
         except OSError as error:
             raise UserError(f"cannot write {self.metrics_file}: {error.strerror}; "
                             "--resume goes on from the last saved step")
 
     def metrics(self):
-        """The lines of metrics.jsonl as dicts, but for those that a full disk or a crash broke."""
+        """Yield the lines of metrics.jsonl as dicts, but for those that a full disk or a crash
+        broke.
+        """
         if not self.metrics_file.is_file():
-            return []
-        lines = []
+            return
         for text in self.metrics_file.read_bytes().splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 line = json.loads(text)
-                if isinstance(line["stage"] + line["step"], int):
-                    lines.append(line)
-        return lines
+                if line["stage"] + line["step"] > 0:
+                    yield line
 
     # --------------------------------------------------------------------------------------- states
 
@@ -216,14 +214,14 @@ class Run:
 
     def begun(self):
         """The stages that have a state."""
-        return [stage for stage in (1, 2, 3) if os.path.exists(self.state_file(stage))]
+        return [stage for stage in (1, 2, 3) if self.state_file(stage).exists()]
 
     def save_state(self, stage, step, tensors, done):
         """Write a stage's tensors by name, and where it stands."""
         self.saved_at = time.monotonic()
         if not self.is_main:
             return
-        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        tensors = {name: t.contiguous() for name, t in tensors.items()}
         header = {"step": step, "done": done, "settings": self.settings}
         with atomic_write(self.state_file(stage)) as tmp:
             save_file(tensors, tmp, metadata={"personafuse": json.dumps(header)})
@@ -247,7 +245,7 @@ class Run:
         """Whether it is time to save, after `save_every` steps or `save_minutes`."""
         every = self.settings["save_every"]
         minutes = (time.monotonic() - self.saved_at) / 60
-        return minutes >= self.settings["save_minutes"] or bool(every and step % every == 0)
+        return minutes >= self.settings["save_minutes"] or (every and step % every == 0)
 
     def watch_signals(self):
         """From now on Ctrl-C and SIGTERM only ask the run to stop; a second one ends it at once."""

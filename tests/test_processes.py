@@ -229,6 +229,14 @@ def test_missing_data_is_said_once(mini, tmp_path):
     assert fails_in_one_line(result, "none.jsonl", "no regular file")
 
 
+def test_a_folder_that_cannot_be_is_said_once(mini, small_data, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    arguments = (mini, small_data, tmp_path / "file" / "run")
+    with train_together(tmp_path, *arguments) as processes:
+        result = processes.wait()
+    assert fails_in_one_line(result, "cannot write into", "file/run")
+
+
 # --------------------------------------------------------------------- stopping and going on
 
 def test_a_signal_in_the_evaluation_of_two_goes_on_in_one(mini, small_data, tmp_path):

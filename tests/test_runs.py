@@ -1,6 +1,7 @@
 """plumbing/runs.py: what a run's folder may be, who writes into it, and where --resume goes on."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -257,6 +258,9 @@ def test_a_stage_run_again_moves_the_run_aside_and_keeps_what_it_builds_on(tmp_p
     assert files(tmp_path / "run.1") == before
     assert stages_in(out) == [(1, 3), (2, 1)]
     assert files(out)[Path("stage1.safetensors")] == before[Path("stage1.safetensors")]
+    # what stage 1 logged is there again, three steps and its evaluation, then the step of stage 2
+    logged = [json.loads(line)["stage"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert logged == [1, 1, 1, 1, 2]
     train(out, [2])
     train(out, [3])
     assert stages_in(out) == [(1, 3), (2, 3), (3, 3)]
