@@ -221,11 +221,13 @@ def remark(command, word, args):
     """"/more" or "/less" of one of WORDS: args.remarks change, and the profile if there is one."""
     count = args.remarks.get(word, 0) + (1 if command == "/more" else -1)
     remarks = check_remarks(command, args.remarks | {word: count})
+    # one taken back is none
+    remarks = {word: count for word, count in remarks.items() if count}
     if args.profile:
         write_json(args.profile, remarks)
     # what could not be kept counts for nothing
     args.remarks = remarks
-    print(", ".join(f"{word} {count:+}" for word, count in remarks.items()))
+    print(", ".join(f"{word} {count:+}" for word, count in remarks.items()) or "as it was")
 
 
 # -------------------------------------------------------------------------------------------- main

@@ -51,7 +51,7 @@ def ask(url, model, prompt, max_tokens):
         else:
             if choice.get("finish_reason") == "length":
                 raise ValueError("cut off by the token limit")
-            return text or ""
+            return text if isinstance(text, str) else ""
     raise ConnectionError(f"{url}: {problem}")
 
 

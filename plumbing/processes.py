@@ -21,6 +21,7 @@ from plumbing.files import UserError
 # (16 GB at 10 MB/s are 27 minutes), tokenizing, and writing a state of 6 GB.
 TIME_LIMIT = timedelta(minutes=30)
 
+
 def process_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
