@@ -78,6 +78,12 @@ def test_generation_ends_with_the_context(mini):
     assert [len(answer) for answer in answers] == [13, 511]
 
 
+@pytest.mark.parametrize("seed", [-1, 10**30])
+def test_a_seed_without_a_meaning_is_refused(run, seed):
+    result = program("experiments.answers", "--run", run, "--seed", seed)
+    assert result.returncode == 2 and f"argument --seed: {seed}" in result.stderr
+
+
 def test_sampling_repeats_with_its_seed(mini):
     llama = load_llama(mini, CPU, torch.float32)
     prompts = make_prompts(7, 3, 12)
