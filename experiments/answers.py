@@ -77,7 +77,7 @@ def add_sampling(parser):
     add("--temperature", type=number(float, 0), help="0 takes the likeliest token")
     add("--top-p", type=number(float, 0, above=True, high=1))
     add("--repetition-penalty", type=number(float, 0, above=True))
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(int, 0, high=2**32 - 1), default=0)
 
 
 def add_answering(parser, max_new_tokens):

@@ -21,7 +21,9 @@ def generate_batch(llama, prompts, max_new_tokens, stop, w=None, temperature=0.0
     generator = torch.Generator(llama.device).manual_seed(seed)
     for active in like_lengths([len(prompt) for prompt in prompts], rows):
         mixing = None if w is None else w[active]
-        cache, hidden = read_prompts(llama, [prompts[i] for i in active], mixing, max_new_tokens)
+        # the shortest goes on for longest, to the end of the context at most
+        room = min(max_new_tokens, context - len(prompts[active[0]]))
+        cache, hidden = read_prompts(llama, [prompts[i] for i in active], mixing, room)
         # on the left of the shorter ones the cache is empty
         empty = torch.tensor([cache.length - len(prompts[i]) for i in active])[:, None]
         empty = empty.to(llama.device)                                          # (n, 1)

@@ -19,7 +19,7 @@ from tqdm import trange
 from experiments.answers import ask_model
 from experiments.sources import read_file
 from experiments.statistics import mean_interval
-from personafuse import load_run
+from personafuse import load_run, sample_token
 from plumbing.files import UserError, read_json
 
 LETTERS = "ABCDEFGHIJ"
@@ -253,9 +253,9 @@ def fill_form(model, prompt, form, w):
         if k % 2 == 1:
             ids = prompt + tokenizer.fill([tokenizer.answer], answer=answer)
             hidden = model.base(torch.tensor([ids], device=model.device), w)        # (1, T, d)
-            logits = model.base.logits(hidden[:, -1])[0]                            # (V,)
             letters = [tokenizer.encode(letter)[-1] for letter in part]
-            part = part[int(logits[letters].argmax())]
+            logits = model.base.logits(hidden[:, -1])[:, letters]                   # (1, letters)
+            part = part[sample_token(logits, 0, 1, None)]
         answer += part
     return answer
 

@@ -164,8 +164,9 @@ def measure_dial(losses, own, opposite):
     lowers the loss of the pole's records more than that of the opposite's; `rising` in how many
     steps that lead grows.
     """
-    curve = losses[:, own == 1].mean(axis=1)
-    lead = losses[:, opposite == 1].mean(axis=1) - curve
+    with np.errstate(invalid="ignore"):         # NaN where no record has the pole
+        curve = losses @ own / own.sum()
+        lead = losses @ opposite / opposite.sum() - curve
     fall = losses[0] - losses[-1]                               # (n,)
     fall_of_own = mean_where(fall, own)
     fall_of_opposite = mean_where(fall, opposite)

@@ -59,7 +59,8 @@ def read_kinds(model, max_length, records, lines):
         texts = [record[key] for record in records]
         yield kind, queries, texts, model.examples(records, max_length, key)
     if lines:
-        encoded = [model.tokenizer.encode(line)[:max_length] for line in lines]
+        limit = min(max_length, model.base.config.max_position_embeddings)
+        encoded = [model.tokenizer.encode(line)[:limit] for line in lines]
         # nothing stands before a text: its first token is given
         examples = [Example(ids[:1], ids[1:], [], ()) for ids in encoded]
         yield "the text's lines", lines, lines, examples

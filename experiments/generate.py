@@ -220,7 +220,7 @@ def parse_arguments():
     add("--field", help="where a FILE holds the queries: a text or a list of turns")
     add("--n", type=number(int, 1), required=True,
         help="how many, in equal parts; the paper took 100000 from the four")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(int, 0, high=2**32 - 1), default=0)
     add("--out", required=True, help="JSONL")
     check.add_argument("file")
     return parser.parse_args()

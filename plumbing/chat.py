@@ -76,7 +76,8 @@ def own_turns(folder):
     does. None where the folder brings no template.
 
     A template is a program in the jinja language. It runs here, as in transformers, on stand-ins
-    for the texts. That may raise anything; ValueError where its turns are not all alike.
+    for the texts. That may raise anything; ValueError where its turns are not all alike, or change
+    what the user says.
     """
     config = read_json(folder / "special_tokens_map.json")
     config |= read_json(folder / "tokenizer_config.json")
@@ -108,6 +109,8 @@ def own_turns(folder):
     later = second.removeprefix(first)
     if third != first + later + later or not later.strip().startswith("{answer}"):
         raise ValueError("its turns are not all alike")
+    if "{query}" not in first or "{query}" not in later:
+        raise ValueError("it does not write what the user says as it is")
     return first, later
 
 

@@ -73,6 +73,15 @@ def test_generation_ends_with_the_context(mini):
     # the last one is predicted from the last place, and not read
     assert [len(answer) for answer in answers] == [512 - 500 + 1, 100]
     assert ended == [0, 1]
+    # and no more memory is taken than that needs
+    answers, _ = collect(generate_batch(llama, [[5] * 500, [5, 6]], 10**9, set()), 2)
+    assert [len(answer) for answer in answers] == [13, 511]
+
+
+@pytest.mark.parametrize("seed", [-1, 10**30])
+def test_a_seed_without_a_meaning_is_refused(run, seed):
+    result = program("experiments.answers", "--run", run, "--seed", seed)
+    assert result.returncode == 2 and f"argument --seed: {seed}" in result.stderr
 
 
 def test_sampling_repeats_with_its_seed(mini):

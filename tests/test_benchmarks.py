@@ -11,6 +11,7 @@ from conftest import evaluated, fails_in_one_line, program
 from experiments import benchmarks
 from experiments.benchmarks import TASKS, Question, read_questions
 from personafuse import load_run
+from plumbing.files import UserError
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -152,6 +153,10 @@ def test_guided_answers_have_the_likeliest_letters(run):
         logits = model.base.logits(model.base(torch.tensor([ids]), w)[0, -1])
         scores = {letter: logits[model.tokenizer.encode(letter)[-1]].item() for letter in letters}
         assert said == max(scores, key=scores.get)
+    # as in fp16, where a base's numbers may overflow
+    model.base.norm.weight.data.fill_(torch.inf)
+    with pytest.raises(UserError, match="not finite"):
+        benchmarks.fill_form(model, prompt, form, w)
 
 
 def test_guided_benchmarks_have_nothing_unusable(run, files):

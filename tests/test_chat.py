@@ -182,6 +182,8 @@ def test_our_format_as_a_template_for_others(family, tmp_path):
     ("{{ raise_exception('no users here') }}", ""),
     ("{% for m in messages %}{{ loop.index }} {{ m.content }}{% endfor %}", "not all alike"),
     ("{{ messages[-1].content }}", "not all alike"),
+    ("{% for m in messages %}{{ m.content if m.role == 'assistant' else m.content | upper }}"
+     "{% endfor %}", "as it is"),
     ("{% for m in messages %}{{ m.content }}{% endfor %}{{ ''.__class__.__mro__ }}", "unsafe")])
 def test_a_template_that_cannot_be_followed_is_said(template, reason, tmp_path):
     ours = ChatTokenizer(make_folder(tmp_path, [END], template))

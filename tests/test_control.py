@@ -78,6 +78,12 @@ def test_gain_of_a_turn_is_what_the_pole_gains_over_its_opposite():
     assert gain[0] == pytest.approx(1.5 + 0.5) and rising == 2
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_dial_of_a_pole_without_records_is_nan():
+    curve, gain, rising = control.measure_dial(np.ones((6, 3)), np.zeros(3), np.ones(3))
+    assert np.isnan(curve).all() and np.isnan(gain).all() and rising == 0
+
+
 @pytest.fixture(scope="module")
 def model(run):
     """The run with experts that change a lot, so that a wrong mix shows."""

@@ -11,6 +11,7 @@ from conftest import evaluated, fails_in_one_line, make_model, program, train_ar
 from data import load_records, split
 from experiments import evaluate
 from experiments.common import break_ties
+from experiments.forgetting import read_kinds
 from experiments.statistics import bootstrap, cell
 from personafuse import load_run
 from plumbing.models import model_sha256
@@ -98,6 +99,9 @@ def test_forgetting_by_hand(run, baseline, tmp_path):
         assert row["loss per token"][0] == pytest.approx(losses[-1] / (len(ids) - 1), abs=1e-4)
         assert row["bits a byte"] == pytest.approx(losses[-1] / np.log(2) / len(text), abs=1e-3)
     assert row["difference"][0] == pytest.approx((losses[1] - losses[0]) / (len(ids) - 1), abs=1e-4)
+    # no line is read beyond the context, whatever --max-length allowed
+    *_, (_, _, _, examples) = read_kinds(model, 4096, [], [text * 100])
+    assert examples[0].length == model.base.config.max_position_embeddings
 
 
 def test_runs_of_different_bases_are_refused(run, tmp_path):
