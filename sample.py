@@ -42,17 +42,7 @@ def parse_arguments():
         help="before that another answer: of the bare base, or with these weights or this route; "
              "may be given again")
     add("--profile", help="a file that keeps what a reader asked for by /more and /less")
-    add("--max-new-tokens", type=number(int, 1), default=200)
-    # what these are by default belongs to the base: a small one repeats itself, or goes astray
-    add("--temperature", type=number(float, 0),
-        help="0 takes the likeliest token (default, as of the next two: the base's or the run's)")
-    add("--top-p", type=number(float, 0, above=True, high=1),
-        help="draw from the likeliest tokens that hold this probability")
-    add("--repetition-penalty", type=number(float, 0, above=True),
-        help="makes tokens that were there before less likely; 1 does not")
-    add("--seed", type=number(int, 0, high=2**32 - 1), default=0)
-    add("--device", default="auto")
-    add("--dtype", choices=["auto", *DTYPES], default="auto")
+    add_answering(parser, max_new_tokens=200)
     args = parser.parse_args()
     if args.query is None and not sys.stdin.isatty():
         parser.error("give a query")
@@ -63,6 +53,22 @@ def parse_arguments():
     saved = read_json(args.profile) if args.profile else {}
     args.remarks = check_remarks(args.profile, saved)
     return args
+
+
+def add_answering(parser, max_new_tokens):
+    """Options that say how answers are drawn, how long they may be, and what computes them."""
+    add = parser.add_argument
+    add("--max-new-tokens", type=number(int, 1), default=max_new_tokens)
+    # what these are by default belongs to the base: a small one repeats itself, or goes astray
+    add("--temperature", type=number(float, 0),
+        help="0 takes the likeliest token (default, as of the next two: the base's or the run's)")
+    add("--top-p", type=number(float, 0, above=True, high=1),
+        help="draw from the likeliest tokens that hold this probability")
+    add("--repetition-penalty", type=number(float, 0, above=True),
+        help="makes tokens that were there before less likely; 1 does not")
+    add("--seed", type=number(int, 0, high=2**32 - 1), default=0)
+    add("--device", default="auto")
+    add("--dtype", choices=["auto", *DTYPES], default="auto")
 
 
 def check_setting(setting):
@@ -114,11 +120,18 @@ def load_model(args):
         model, settings = load_run(args.run or newest_run(), device, args.dtype, args.base)
     if args.profile and model.experts == 1:
         raise UserError("--profile shifts the router's weights: a single LoRA has none")
-    for name, default in SAMPLING.items():
-        if getattr(args, name) is None:
-            setattr(args, name, settings.get(name, default))
+    vars(args).update(sampling(settings, args))
     print(model.tokenizer.format_note, file=sys.stderr)
     return model
+
+
+def sampling(settings, args):
+    """How answers are drawn: as the options say, or as the run or base was made for, or SAMPLING."""
+    options = {"seed": args.seed}
+    for name, default in SAMPLING.items():
+        given = getattr(args, name)
+        options[name] = settings.get(name, default) if given is None else given
+    return options
 
 
 # ---------------------------------------------------------------------------------------- answering

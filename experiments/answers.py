@@ -19,10 +19,10 @@ from experiments.batched import generate_batch
 from experiments.common import run_records
 from experiments.generate import read_queries
 from experiments.persona_cot import PERSONA_COT, parse_answer
-from personafuse import DTYPES, load_run, pick_device
-from plumbing.files import number, run_program
+from personafuse import load_run, pick_device
+from plumbing.files import run_program
 from router import ROUTES
-from sample import SAMPLING
+from sample import add_answering, sampling
 
 # the steps of Persona-CoT come before the response, and need room of their own
 COT_TOKENS = 300
@@ -67,35 +67,6 @@ def ask_model(model, texts, args, max_new_tokens):
     route = "none" if cot else args.route
     w = model.mixing_weights(texts, route, seed=args.seed)
     return write_answers(model, texts, w, max_new_tokens, cot)
-
-
-# ----------------------------------------------------------------------------------------- options
-
-def add_sampling(parser):
-    """Options that say how answers are drawn; what is not given is the run's own."""
-    add = parser.add_argument
-    add("--temperature", type=number(float, 0), help="0 takes the likeliest token")
-    add("--top-p", type=number(float, 0, above=True, high=1))
-    add("--repetition-penalty", type=number(float, 0, above=True))
-    add("--seed", type=number(int, 0, high=2**32 - 1), default=0)
-
-
-def add_answering(parser, max_new_tokens):
-    """These, and how long answers may be, and what computes them."""
-    add_sampling(parser)
-    add = parser.add_argument
-    add("--max-new-tokens", type=number(int, 1), default=max_new_tokens)
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=["auto", *DTYPES])
-
-
-def sampling(settings, args):
-    """The options of generate_batch: as given, as the run was made for, or as sample.py has it."""
-    options = {"seed": args.seed}
-    for name, default in SAMPLING.items():
-        given = getattr(args, name)
-        options[name] = settings.get(name, default) if given is None else given
-    return options
 
 
 def main():

@@ -25,7 +25,7 @@ import torch
 from data import TRAITS, held_out, load_records, split
 from experiments.common import SHORT, activations, held_out_examples, response_nll
 from experiments.statistics import bootstrap, per_token
-from plumbing.files import HERE, atomic_write, run_program
+from plumbing.files import HERE, run_program, write_text
 
 # high and low stand side by side: [1, 0, 3, 2, ...]
 OPPOSITE = [i ^ 1 for i in range(len(TRAITS))]
@@ -193,8 +193,7 @@ def main():
         traits = {key: other[key] for key in ("social_traits", "task_traits", "p")}
         lines.append(json.dumps(record | traits, ensure_ascii=False) + "\n")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(args.out) as tmp:
-        tmp.write_text("".join(lines), encoding="utf-8")
+    write_text(args.out, "".join(lines))
     print(f"{args.out}: {len(lines)} records")
 
 

@@ -23,7 +23,6 @@
 import argparse
 import json
 
-from experiments.answers import add_answering
 from experiments.benchmarks import BENCHMARKS, TASKS, benchmarks
 from experiments.common import load_experts_run
 from experiments.comparison import COMPARISON, comparison
@@ -37,6 +36,7 @@ from experiments.statistics import print_rows
 from personafuse import pick_device, read_settings
 from plumbing.files import UserError, number, run_program
 from router import ROUTES
+from sample import add_answering
 
 # what measures one run with ten experts, and what its tables say
 OF_EACH_RUN = {

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from experiments.answers import sampling, write_answers
+from experiments.answers import write_answers
 from experiments.common import COT, activations, fit_logistic, measure_rows, run_records
 from experiments.statistics import mean_interval
 from personafuse import read_settings
 from router import average_precision
+from sample import sampling
 
 # a word (with what an apostrophe joins to it), a punctuation mark, or the end of a line
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]|\n")

@@ -12,10 +12,11 @@ n queries, E = 10 experts.
 import numpy as np
 
 from data import WORDS
-from experiments.answers import sampling, write_answers
+from experiments.answers import write_answers
 from experiments.common import run_records
 from experiments.expression import make_reader
 from experiments.statistics import mean_interval
+from sample import sampling
 
 REMARKS = range(6)
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from data import TRAITS
-from experiments.answers import add_answering, sampling, write_answers
+from experiments.answers import write_answers
 from experiments.common import SHORT, activations, held_out_examples, load_experts_run
 from experiments.control import control_matrix, expert_losses
 from personafuse import pick_device
-from plumbing.files import HERE, atomic_write, number, run_program
+from plumbing.files import HERE, number, run_program, write_text
+from sample import add_answering, sampling
 
 QUERIES = [
     "my little sister is nine and asked why you cant divide by zero and her teacher said BECAUSE I "
@@ -110,15 +111,13 @@ def draw_control(matrix):
 
 
 def write(path, shapes, down):
-    picture = PAGE.format(height=down + 16, shapes="\n".join(shapes))
-    with atomic_write(path) as tmp:
-        tmp.write_text(picture, encoding="utf-8")
+    write_text(path, PAGE.format(height=down + 16, shapes="\n".join(shapes)))
     print(path)
 
 
 def whole_sentences(answer):
-    """The answer up to the end of its last sentence, or all of it where none ends."""
-    ended = re.match(r".*[.!?][\"”’')]*(?=\s|$)", answer, re.S)
+    """The answer up to the end of its last sentence, which is no number of a list, or all of it."""
+    ended = re.match(r".*\D[.!?][\"”’')]*(?=\s|$)", answer, re.S)
     return ended[0] if ended else answer
 
 

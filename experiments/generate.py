@@ -25,8 +25,8 @@ from experiments.persona_cot import PERSONA_COT, PROMPTS, parse_answer
 from experiments.sources import SOURCES, sample_queries
 from personafuse import generate, load_llama, pick_device
 from plumbing.chat import ChatTokenizer
-from plumbing.files import (UserError, atomic_write, number, read_json, read_lines, run_program,
-                            write_json)
+from plumbing.files import (UserError, number, read_json, read_lines, run_program, write_json,
+                            write_text)
 from plumbing.models import find_model
 
 # what lies beside OUT
@@ -169,8 +169,7 @@ def show_query(args):
 def write_queries(args):
     """Sample queries and write them as JSONL."""
     queries = sample_queries(args.source.split(","), args.n, args.seed, args.field)
-    with atomic_write(args.out) as tmp:
-        tmp.write_text("\n".join(map(json.dumps, queries)) + "\n")
+    write_text(args.out, "\n".join(map(json.dumps, queries)) + "\n")
 
 
 def check_file(args):

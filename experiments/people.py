@@ -22,15 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.answers import add_answering, sampling, write_answers
+from experiments.answers import write_answers
 from experiments.asking import server_answers
 from experiments.common import run_records
 from experiments.control import OPPOSITE
 from experiments.statistics import mean_interval, print_rows
 from personafuse import load_run, pick_device, read_settings
-from plumbing.files import (UserError, atomic_write, number, read_json, read_lines, run_program,
-                            write_json)
+from plumbing.files import (UserError, number, read_json, read_lines, run_program, write_json,
+                            write_text)
 from router import ROUTES
+from sample import add_answering, sampling
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # a choice -> what it gives whoever wrote answer a: with a tie as half, no difference is 0.5
@@ -141,11 +142,6 @@ def render_page(name, pairs):
     # answers are a model's text, and may hold any tag: without a < none begins
     data = json.dumps({"name": name, "pairs": pairs}).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("SHEET", data)
-
-
-def write_text(path, text):
-    with atomic_write(path) as tmp:
-        tmp.write_text(text, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------ ratings

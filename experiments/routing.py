@@ -13,7 +13,7 @@ n queries, E = 10 experts.
 import numpy as np
 import torch
 
-from experiments.answers import sampling, write_answers
+from experiments.answers import write_answers
 from experiments.common import (activations, held_out_examples, oracle_weights, response_nll,
                                 run_records)
 from experiments.expression import make_reader
@@ -21,6 +21,7 @@ from experiments.statistics import mean_interval
 from losses import cosine
 from plumbing.files import UserError
 from router import average_precision
+from sample import sampling
 
 
 def perfect_ranking(w, p):

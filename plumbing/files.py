@@ -111,9 +111,13 @@ def atomic_write(path):
             tmp.unlink()
 
 
-def write_json(path, value):
+def write_text(path, text):
     with atomic_write(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        tmp.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_text(path):

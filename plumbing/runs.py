@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout         # comes with torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from plumbing.files import UserError, atomic_write
+from plumbing.files import UserError, atomic_write, write_text
 
 # options that say how a program is started, not what the run is
 NOT_SAVED = {"stage", "resume", "preset", "shard"}
@@ -148,8 +148,7 @@ class Run:
                 kept.append(json.dumps(line) + "\n")
         if self.moves_aside:
             self.move_aside()
-        with atomic_write(self.metrics_file) as tmp:
-            tmp.write_text("".join(kept))
+        write_text(self.metrics_file, "".join(kept))
         self.saved_at = time.monotonic()
 
     def move_aside(self):
