@@ -412,17 +412,22 @@ def preset_table():
     return "\n".join(lines)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(usage="train.py [options]", description=__doc__,
-                                     epilog=f"{preset_table()}\n\n{model_table()}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_with_preset(parser):
+    """A parser with the options of a run -> the arguments; what is not given is the preset's."""
     add_run_options(parser)
     add_method_options(parser)
     args = parser.parse_args()
     preset = args.preset or ("tiny" if args.base == "tiny" else "quick")
     # once more, now that the preset's defaults are known
     parser.set_defaults(**PRESETS[preset])
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(usage="train.py [options]", description=__doc__,
+                                     epilog=f"{preset_table()}\n\n{model_table()}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    args = parse_with_preset(parser)
     if args.variant != "personafuse":
         if args.stage == "2":
             parser.error("a baseline is one LoRA without a router: it has no stage 2")

@@ -29,7 +29,7 @@ from plumbing.files import atomic_write, number, run_program
 from plumbing.models import cached, default_encoder, find_model, model_sha256
 from plumbing.runs import Run
 from router import average_precision
-from train import PRESETS, add_method_options, add_run_options, run_stage
+from train import parse_with_preset, run_stage
 
 CPU = torch.device("cpu")
 # strength of the penalty of the bag of words, the best of 5, 2.5, 1.7 and 1 in these folds
@@ -73,12 +73,7 @@ def parse_arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folds", type=number(int, 2), default=5)
     parser.add_argument("--seeds", type=number(int, 1), default=3)
-    add_run_options(parser)
-    add_method_options(parser)
-    args = parser.parse_args()
-    preset = args.preset or ("tiny" if args.base == "tiny" else "quick")
-    parser.set_defaults(**PRESETS[preset])
-    return parser.parse_args()
+    return parse_with_preset(parser)
 
 
 def main():
