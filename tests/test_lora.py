@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 
+import lora
 from data import TRAITS
 from lora import LoRALinear, clip_experts, expert_scales, lora_layers, merge, unmerge
 from personafuse import Cache, load_llama, load_run
@@ -46,9 +47,11 @@ def test_untrained_experts_change_nothing(mini):
     assert len(lora_layers(llama)) == 7 * 2
 
 
-# without and with biases at q, k and v
+# without and with biases at q, k and v; on either kind of CPU
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("family", ["smollm2", "qwen25"])
-def test_merged_is_mixed_and_unmerged_is_the_base_to_the_bit(family, tmp_path):
+def test_merged_is_mixed_and_unmerged_is_the_base_to_the_bit(family, amx, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "AMX", amx)
     llama = with_random_experts(make_model(tmp_path / family, **FAMILIES[family]))
     tokens = torch.arange(30)[None]
     w = torch.rand(10, generator=torch.Generator().manual_seed(1))
@@ -72,7 +75,9 @@ def test_merged_is_mixed_and_unmerged_is_the_base_to_the_bit(family, tmp_path):
         assert torch.equal(t, before[name])
 
 
-def test_one_token_alone_is_mixed_as_among_others(mini):
+@pytest.mark.parametrize("amx", [False, True])
+def test_one_token_alone_is_mixed_as_among_others(mini, amx, monkeypatch):
+    monkeypatch.setattr(lora, "AMX", amx)
     llama = with_random_experts(mini)
     tokens = torch.arange(30)[None]
     w = torch.rand(1, 10, generator=torch.Generator().manual_seed(1))
