@@ -17,10 +17,9 @@ import torch
 from tqdm import trange
 
 from experiments.answers import ask_model
-from experiments.sources import read_file
 from experiments.statistics import mean_interval
 from personafuse import load_run, sample_token
-from plumbing.files import UserError, read_json
+from plumbing.files import UserError, read_json, read_lines
 
 LETTERS = "ABCDEFGHIJ"
 # each question of ToMBench is put five times, its options in another order, and the majority counts
@@ -64,6 +63,14 @@ def read_questions(name, data):
     return questions
 
 
+def read_rows(path):
+    """The JSON of each line of a file."""
+    try:
+        return [json.loads(line) for _, line in read_lines(path)]
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: {error}")
+
+
 def lettered(choices):
     """Choices -> lines "A) ...", "B) ..."."""
     return "\n".join(f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices))
@@ -77,7 +84,7 @@ def read_emobench(folder):
     """
     questions = []
     for part, question in (("EA", application), ("EU", understanding)):
-        for row in read_file(folder / f"{part}.jsonl"):
+        for row in read_rows(folder / f"{part}.jsonl"):
             if row["language"] == "en":
                 questions.append(question(row))
     return questions
@@ -126,7 +133,7 @@ def read_tombench(folder):
     """The English side of every .jsonl file of the folder, a file a task."""
     questions = []
     for path in sorted(folder.glob("*.jsonl")):
-        for number, row in enumerate(read_file(path)):
+        for number, row in enumerate(read_rows(path)):
             questions.append(tombench_question(f"{path.stem} {number}", row))
     return questions
 
@@ -196,7 +203,7 @@ def score_eq_bench(right, answers):
 def read_gsm8k(folder):
     """The problems of the test, without worked examples."""
     questions = []
-    for row in read_file(folder / "test.jsonl"):
+    for row in read_rows(folder / "test.jsonl"):
         right = row["answer"].rpartition("####")[2].strip()
         prompt = f"Question: {row['question']}\nAnswer:"
         questions.append(Question([prompt], right, "GSM8K"))

@@ -1,8 +1,6 @@
 """Make Persona-CoT records (section 4.2 of the paper), and look at them.
 
     python -m experiments.generate show "I feel anxious about tomorrow" --model falcon3-10b
-    python -m experiments.generate queries --source sharegpt,personahub,wildchat,infinity \\
-        --n 100000 --out queries.jsonl
     python -m experiments.generate generate --queries queries.jsonl --out records.jsonl \\
         --server http://localhost:8000 --model NAME
     python -m experiments.generate check records.jsonl
@@ -22,11 +20,9 @@ from tqdm import tqdm
 from data import TRAITS, check_record, load_records
 from experiments.asking import server_answers
 from experiments.persona_cot import PERSONA_COT, PROMPTS, parse_answer
-from experiments.sources import SOURCES, sample_queries
 from personafuse import generate, load_llama, pick_device
 from plumbing.chat import ChatTokenizer
-from plumbing.files import (UserError, number, read_json, read_lines, run_program, write_json,
-                            write_text)
+from plumbing.files import UserError, number, read_json, read_lines, run_program, write_json
 from plumbing.models import find_model
 
 # what lies beside OUT
@@ -166,12 +162,6 @@ def show_query(args):
         print(f"{key}: {value}")
 
 
-def write_queries(args):
-    """Sample queries and write them as JSONL."""
-    queries = sample_queries(args.source.split(","), args.n, args.seed, args.field)
-    write_text(args.out, "\n".join(map(json.dumps, queries)) + "\n")
-
-
 def check_file(args):
     """Read records as training does; then show how poles and lengths fall."""
     records = load_records(args.file)
@@ -195,7 +185,6 @@ def parse_arguments():
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="one query's way through the five steps")
     generate = commands.add_parser("generate", help="queries to records; repeat it to go on")
-    sample = commands.add_parser("queries", help="sample queries from data sets or files")
     check = commands.add_parser("check", help="validate a data file and show its balance")
 
     show.add_argument("query")
@@ -214,21 +203,13 @@ def parse_arguments():
         help="add human_like_response, for the Human-Like baseline")
     add("--workers", type=number(int, 1), default=16, help="requests at a time")
 
-    add = sample.add_argument
-    add("--source", required=True, help=f"{', '.join(SOURCES)}, or FILE; or several, with commas")
-    add("--field", help="where a FILE holds the queries: a text or a list of turns")
-    add("--n", type=number(int, 1), required=True,
-        help="how many, in equal parts; the paper took 100000 from the four")
-    add("--seed", type=number(int, 0, high=2**32 - 1), default=0)
-    add("--out", required=True, help="JSONL")
     check.add_argument("file")
     return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
-    commands = {"generate": generate_records, "show": show_query, "queries": write_queries,
-                "check": check_file}
+    commands = {"generate": generate_records, "show": show_query, "check": check_file}
     commands[args.command](args)
 
 

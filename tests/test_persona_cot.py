@@ -1,4 +1,4 @@
-"""The Persona-CoT parser, and experiments.generate: generate (server, interrupted), show, queries, check."""
+"""The Persona-CoT parser, and experiments.generate: generate (server, interrupted), show, check."""
 
 import json
 import resource
@@ -9,7 +9,6 @@ import threading
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -404,122 +403,6 @@ def test_show_tells_what_is_read(tmp_path, monkeypatch, capsys):
         assert part in shown
 
 
-# --------------------------------------------------------------------------------------------------------------- sources
-
-SHAREGPT = [{"id": "a1", "conversations": [{"from": "human", "value": "Tell me about SAS."},
-                                           {"from": "gpt", "value": "<p>SAS</p>"}]},
-            {"id": "a2", "conversations": [{"from": "gpt", "value": "goes on from the page before"},
-                                           {"from": "human", "value": "go on with it please"}]},
-            {"id": "a3", "conversations": [{"from": "human", "value": "tell me  about sas."}]},
-            {"id": "a7", "conversations": [{"from": "system", "value": "Be nice."},
-                                           {"from": "human", "value": "and answer me this please"}]},
-            {"id": "a8", "conversations": [{"from": "human", "value": None}]},
-            {"id": "a4", "conversations": [{"from": "human", "value": "hi there"}]},
-            {"id": "a5", "conversations": []},
-            {"id": "a6", "conversations": [{"from": "human", "value": "word " * 1001}]}]
-PERSONAHUB = [{"input persona": "a nurse", "synthesized text": "Plan a week of night shifts.", "description": "instruction"}]
-WILDCHAT = [{"conversation_hash": "x", "model": "gpt-4", "language": "English", "turn": 1,
-             "conversation": [{"role": "user", "content": "Write two lines\nabout the sea.", "language": "English"},
-                              {"role": "assistant", "content": "Blue."}]},
-            {"conversation_hash": "y", "language": "German",
-             "conversation": [{"role": "user", "content": "Schreib ein Gedicht bitte"}]}]
-INFINITY = [{"id": 1, "conversations": [{"from": "human", "value": "Add 12 and 30."}, {"from": "gpt", "value": "42"}],
-             "label": {"cate_zh": []}, "langdetect": "en", "source": "code"},
-            {"id": 2, "conversations": [{"from": "human", "value": "1 + 1 = ?"}], "langdetect": "zh-cn", "source": "math"}]
-
-
-class Stream(list):
-    """What datasets gives of a hub's rows."""
-
-    def shuffle(self, seed, buffer_size):
-        return self
-
-
-def hub(monkeypatch, *rows):
-    """A hub with these rows in each of the four -> what it is asked, in the end."""
-    asked = []
-
-    def load_dataset(path, **more):
-        asked.append((path, more))
-        return Stream(dict(zip(HUB_NAMES, rows))[path])
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    return asked
-
-
-HUB_NAMES = ["RyokoAI/ShareGPT52K", "proj-persona/PersonaHub", "allenai/WildChat-1M", "BAAI/Infinity-Instruct"]
-
-
-def test_each_source_in_its_own_format(tmp_path, monkeypatch):
-    hub(monkeypatch, SHAREGPT, PERSONAHUB, WILDCHAT, INFINITY)
-    run(monkeypatch, "queries", "--source", "sharegpt,personahub,wildchat,infinity", "--n", 40, "--out", tmp_path / "q.jsonl")
-    assert {(r["source"], r["query"]) for r in lines(tmp_path / "q.jsonl")} == {
-        ("sharegpt", "Tell me about SAS."), ("personahub", "Plan a week of night shifts."),
-        ("wildchat", "Write two lines\nabout the sea."), ("infinity", "Add 12 and 30.")}
-    assert "Write two lines\nabout the sea." in read_queries(tmp_path / "q.jsonl")     # generate reads what this writes
-
-
-@pytest.mark.parametrize("name", ["s.json", "s.jsonl"])
-def test_conversations_of_a_file(name, tmp_path, monkeypatch):
-    rows = json.dumps(SHAREGPT) if name == "s.json" else "".join(json.dumps(row) + "\n" for row in SHAREGPT)
-    (tmp_path / name).write_text(rows)
-    run(monkeypatch, "queries", "--source", tmp_path / name, "--field", "conversations", "--n", 9, "--out", tmp_path / "q.jsonl")
-    (record,) = lines(tmp_path / "q.jsonl")
-    assert record["query"].lower().split() == ["tell", "me", "about", "sas."] and record["source"].endswith(name)
-
-
-def test_sample_is_even_repeatable_and_depends_on_the_seed(tmp_path, monkeypatch, capsys):
-    (tmp_path / "a.csv").write_text("id,text\n" + "".join(f'{i},"Question number {i}, please"\n' for i in range(2500)))
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"Other question number {i}"}) + "\n" for i in range(50)))
-
-    def sample(seed, n=101):
-        run(monkeypatch, "queries", "--source", f"{tmp_path}/a.csv,{tmp_path}/b.jsonl", "--field", "text", "--n", n,
-            "--seed", seed, "--out", tmp_path / "q.jsonl")
-        return [r["query"] for r in lines(tmp_path / "q.jsonl")]
-
-    first = sample(1)
-    assert len(set(first)) == 101 - 1 and sum(q.startswith("Other") for q in first) == 50
-    assert "b.jsonl: 50 of 51 queries" in capsys.readouterr().out
-    assert sample(1) == first and sample(2) != first
-    numbers = [int(q.split()[2].rstrip(",")) for q in sample(3, 1000) if q.startswith("Question")]
-    assert len(numbers) == 500 and 1100 < sum(numbers) / 500 < 1400                     # from all over the file
-
-
-def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
-    def refused(match, *argv):
-        with pytest.raises((UserError, OSError), match=match):
-            run(monkeypatch, "queries", "--n", 5, "--out", tmp_path / "q.jsonl", *argv)
-
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    (tmp_path / "x.jsonl").write_text('{"text": "one two three"}\n{"te')
-    (tmp_path / "y.jsonl").write_text('{"text": "one two three"}\n')
-    refused("pip install datasets", "--source", "wildchat")
-    refused("No such file.*no/such.csv", "--source", "no/such.csv", "--field", "text")
-    refused("give --field", "--source", tmp_path / "y.jsonl")
-    (tmp_path / "z.jsonl").write_text('{"text": ["one two three"]}\n')
-    (tmp_path / "o.json").write_text('{"text": "one two three"}')
-    refused("give --field", "--source", tmp_path / "z.jsonl", "--field", "text")
-    refused("give --field", "--source", tmp_path / "o.json", "--field", "text")
-    refused("'query'.*text", "--source", tmp_path / "y.jsonl", "--field", "query")
-    refused("cannot read", "--source", tmp_path / "x.jsonl", "--field", "text")
-    assert not (tmp_path / "q.jsonl").exists()
-
-
-def test_hub_is_streamed_and_read_only_as_far_as_needed(tmp_path, monkeypatch):
-    shuffled = []
-
-    def shuffle(rows, seed, buffer_size):
-        shuffled.append(seed)
-        yield from rows
-        raise AssertionError("read to the end")
-
-    monkeypatch.setattr(Stream, "shuffle", shuffle)
-    asked = hub(monkeypatch, [], [], WILDCHAT)
-    run(monkeypatch, "queries", "--source", "wildchat", "--n", 1, "--seed", 5, "--out", tmp_path / "q.jsonl")
-    assert asked == [("allenai/WildChat-1M", {"split": "train", "streaming": True})] and shuffled == [5]
-    assert lines(tmp_path / "q.jsonl") == [{"query": "Write two lines\nabout the sea.", "source": "wildchat"}]
-
-
 # ------------------------------------------------------------------------------------------------------- check, bad input
 
 def test_check_of_the_bundled_set(monkeypatch, capsys):
@@ -560,11 +443,7 @@ def test_an_answer_with_half_an_emoji_is_dropped(server, tmp_path, monkeypatch):
     assert record["query"] == "Question 1?" and "can't encode character" in record["reason"]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path, monkeypatch):
-    (tmp_path / "a.csv").write_text("text\nOne two three?\n", encoding="utf-8-sig")
-    run(monkeypatch, "queries", "--source", tmp_path / "a.csv", "--field", "text", "--n", 1,
-        "--out", tmp_path / "q.jsonl")
-    assert lines(tmp_path / "q.jsonl")[0]["query"] == "One two three?"
+def test_a_byte_order_mark_is_no_part_of_a_query(tmp_path):
     (tmp_path / "q.txt").write_text("First?\nSecond?\n", encoding="utf-8-sig")
     assert read_queries(tmp_path / "q.txt") == ["First?", "Second?"]
 
