@@ -272,8 +272,8 @@ class Llama(nn.Module):
 
         w (B, E) mixes the experts; None is the bare base. With a `cache`, tokens are either the
         beginning of a sequence or one further token. `positions` (B, T) and `mask` are for
-        sequences of several lengths in a cache. `checkpointing` recomputes each block in the backward
-        pass instead of keeping what it computed.
+        sequences of several lengths in a cache. `checkpointing` recomputes each block in the
+        backward pass instead of keeping what it computed.
         """
         T = tokens.shape[1]
         if positions is None:

@@ -126,7 +126,8 @@ def load_model(args):
 
 
 def sampling(settings, args):
-    """How answers are drawn: as the options say, or as the run or base was made for, or SAMPLING."""
+    """How answers are drawn: as the options say, else as suits the run or the base, else SAMPLING.
+    """
     options = {"seed": args.seed}
     for name, default in SAMPLING.items():
         given = getattr(args, name)

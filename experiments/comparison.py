@@ -34,12 +34,13 @@ def comparison(args):
 
     def losses(model, _, w, name):
         """-> (losses, tokens) of the Persona-CoT responses, the same of the plain answers, w."""
+        if name == COT:
+            asked = [cot_prompt(record["query"]) for record in records]
+            prompts = model.encode_prompts(asked, length)
         both = []
         for key in ANSWERS:
             examples = model.examples(records, length, key)
             if name == COT:
-                prompts = [cot_prompt(record["query"]) for record in records]
-                prompts = model.encode_prompts(prompts, length)
                 examples = [replace(example, prompt=prompt)
                             for example, prompt in zip(examples, prompts)]
             both.append(response_nll(model, examples, w))

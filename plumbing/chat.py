@@ -14,6 +14,13 @@ from tokenizers import Tokenizer
 
 from plumbing.files import UserError, read_json, read_text
 
+# from one answer to the next, in the format of Qwen2.5 and SmolLM2
+CHATML = """\
+{answer}<|im_end|>
+<|im_start|>user
+{query}<|im_end|>
+<|im_start|>assistant
+"""
 # of published models, for copies of them without their template: a token that tells the family ->
 # its name, what stands up to the first answer, and from there to the next one
 FAMILIES = {
@@ -39,24 +46,14 @@ You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>
 <|im_start|>user
 {query}<|im_end|>
 <|im_start|>assistant
-""", """\
-{answer}<|im_end|>
-<|im_start|>user
-{query}<|im_end|>
-<|im_start|>assistant
-"""),
+""", CHATML),
     "<|im_start|>": ("SmolLM2's", """\
 <|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 <|im_start|>user
 {query}<|im_end|>
 <|im_start|>assistant
-""", """\
-{answer}<|im_end|>
-<|im_start|>user
-{query}<|im_end|>
-<|im_start|>assistant
-"""),
+""", CHATML),
     ">>QUESTION<<": ("Falcon3's", """\
 <|user|>
 {query}
@@ -135,8 +132,8 @@ class ChatTokenizer:
     """A model folder's tokenizer.json and its chat format: text to token ids and back.
 
     `format_note` says which format that is, and why. `first` and `later` are its turns, as lists of
-    ids of control tokens and the texts between them. With the model's embedding (V, d) it is checked
-    against the model, see check_against.
+    ids of control tokens and the texts between them. With the model's embedding (V, d) it is
+    checked against the model, see check_against.
     """
 
     def __init__(self, folder, embedding=None):
