@@ -11,19 +11,19 @@ import statistics
 import tempfile
 import time
 
-import peft
 import torch
-import transformers
 
 from data import Example
 from lora import TARGETS, merge
 from personafuse import DTYPES, PersonaFuse, generate, load_llama, pick_device
-from plumbing.files import keep_freed_memory, number, run_program
+from plumbing.files import UserError, keep_freed_memory, number, run_program
 from train import response_loss
 
-SMOLLM2_135M = transformers.LlamaConfig(
-    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-    num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
+try:
+    import peft
+    import transformers
+except ImportError:
+    peft = transformers = None
 
 
 def compare(what, rounds, sides):
@@ -97,11 +97,17 @@ def main():
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.set_defaults(checkpointing=False)
     args = parser.parse_args()
+    if transformers is None:
+        raise UserError("this compares with transformers and peft: "
+                        "`pip install -r tests/requirements.txt`")
     args.device = pick_device(args.device)
     args.dtype = DTYPES[args.dtype]
     keep_freed_memory()                     # as train.py does, here for all sides
     with tempfile.TemporaryDirectory() as folder:
-        transformers.AutoModelForCausalLM.from_config(SMOLLM2_135M).save_pretrained(folder)
+        config = transformers.LlamaConfig(
+            hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         # a GPU needs more rows, or the time is that of launching kernels
         rows, length = (16, 512) if args.device.type == "cuda" else (4, 256)
         ids = torch.randint(49152, (rows, length + 1))
