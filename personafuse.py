@@ -26,7 +26,7 @@ from lora import LoRALinear, expert_scales, init_experts, linear, load_experts, 
 from plumbing.files import UserError, atomic_write, read_json, write_json
 from plumbing.models import find_model, model_sha256, published_name
 from plumbing.processes import settle_math
-from router import ROUTES, Router, random_weights
+from router import LEAD_IN, ROUTES, Router, random_weights
 
 
 # ------------------------------------------------------------------------------------------ config
@@ -380,8 +380,8 @@ def generate(llama, prompt, max_new_tokens, stop, w=None, temperature=0.0, top_p
 class PersonaFuse(nn.Module):
     """The base with its experts, the router, and the tokenizer of each.
 
-    query_format says what the router's encoder reads: "raw", the bare query, or "chat", the prompt
-    up to where the answer starts.
+    query_format says what the router's encoder reads: "raw", the bare query, "chat", the prompt up
+    to where the answer starts, or "lead-in", the prompt and LEAD_IN.
     """
 
     def __init__(self, base, tokenizer, router=None, encoder_tokenizer=None, query_format="raw"):
@@ -403,8 +403,13 @@ class PersonaFuse(nn.Module):
     def encode_queries(self, queries):
         """Queries (strings) -> token ids as the router's encoder reads them, a list for each."""
         context = self.router.encoder.config.max_position_embeddings
-        return encode_within(self.encoder_tokenizer, queries, self.query_format, context,
+        format, lead_in = self.query_format, []
+        if format == "lead-in":
+            # an answer without its end token
+            format, lead_in = "chat", self.encoder_tokenizer.encode_answer(LEAD_IN)[:-1]
+        rows = encode_within(self.encoder_tokenizer, queries, format, context - len(lead_in),
                              "what the router's encoder can read")
+        return [row + lead_in for row in rows]
 
     def encode_prompts(self, queries, max_new_tokens):
         """Queries (strings) -> prompts (token ids) that leave room for an answer in the context."""

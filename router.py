@@ -11,6 +11,9 @@ from torch import nn
 
 from losses import cosine
 
+# the beginning of an answer, for the encoder to read behind the query: what it expects next tells
+# what an answer should be like
+LEAD_IN = "I want to sound"
 # how the experts may be mixed without weights by hand
 ROUTES = ["learned", "uniform", "none", "random1", "random2", "random5"]
 

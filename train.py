@@ -47,7 +47,7 @@ PRESETS = {
         steps1=16, batch1=2, lr1=4e-3,
         steps2=20, batch2=32, group=4, lr2=1e-5, lr_e=1e-4,
         steps3=12, batch3=20, lr3=3e-3, lr3_router=1e-5,
-        pooling="both", query_format="chat", encoder_layers=18, start="ridge",
+        pooling="both", query_format="lead-in", encoder_layers=24, start="ridge",
         train_encoder=False, tau=0.1,
         margin=0.0, beta=0.1, max_length=224, micro_batch=4, held_out=48,
         save_minutes=1.5, temperature=0.5, top_p=0.9, repetition_penalty=1.1),
@@ -378,8 +378,8 @@ def add_method_options(parser):
     add = parser.add_argument_group("the method").add_argument
     add("--rank", type=count, default=8, help="r of each expert")
     add("--lora-alpha", type=positive, default=16, help="ΔW is scaled by alpha/rank")
-    add("--query-format", choices=["raw", "chat"], help="what the encoder reads: the bare query, "
-                                                        "or the prompt up to the answer")
+    add("--query-format", choices=["raw", "chat", "lead-in"],
+        help="what the encoder reads: the bare query, the prompt up to the answer, or a bit further")
     add("--encoder-layers", type=number(int, 0), help="its first blocks; 0: all")
     add("--train-encoder", action=argparse.BooleanOptionalAction,
         help="as in the paper, or only the expert embeddings and the map")

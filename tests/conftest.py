@@ -232,7 +232,7 @@ FAST = ["--steps1", 3, "--batch1", 2, "--steps2", 3, "--batch2", 8, "--steps3", 
         "--dtype", "fp32", "--train-encoder", "--pooling", "last", "--query-format", "raw",
         "--router-start", "means"]
 # and with the router of the preset for bases such as smollm2
-QUICK_ROUTER = ["--no-train-encoder", "--pooling", "both", "--query-format", "chat",
+QUICK_ROUTER = ["--no-train-encoder", "--pooling", "both", "--query-format", "lead-in",
                 "--router-start", "ridge", "--encoder-layers", 1]
 GREEDY = ["--temperature", 0, "--repetition-penalty", 1, "--dtype", "fp32"]
 

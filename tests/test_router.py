@@ -106,6 +106,7 @@ def test_the_first_layers_alone_are_the_first_block_and_the_norm(mini, encoder):
 @pytest.mark.parametrize("query_format, read", [
     ("raw", "I feel anxious"),
     ("chat", "User: I feel anxious\nAssistant:"),
+    ("lead-in", "User: I feel anxious\nAssistant: I want to sound"),
 ])
 def test_the_encoder_reads_the_query_bare_or_in_the_chat_format(mini, query_format, read):
     settings = dict(base_folder=mini, encoder_folder=mini, names=TRAITS, rank=2, lora_alpha=4,
