@@ -17,6 +17,7 @@ LEAD_IN = "I want to sound"
 # how the experts may be mixed without weights by hand
 ROUTES = ["learned", "uniform", "none", "random1", "random2", "random5"]
 
+
 class Router(nn.Module):
     """h = f_θ(q), then w_i = softmax_i(cos(h, e_i) / τ).
 

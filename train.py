@@ -46,7 +46,7 @@ PRESETS = {
     "quick": dict(
         steps1=16, batch1=2, lr1=4e-3,
         steps2=20, batch2=32, group=4, lr2=1e-5, lr_e=1e-4,
-        steps3=12, batch3=20, lr3=3e-3, lr3_router=1e-5,
+        steps3=16, batch3=20, lr3=4e-3, lr3_router=1e-5,
         pooling="both", query_format="lead-in", encoder_layers=24, start="ridge",
         train_encoder=False, tau=0.1,
         margin=0.0, beta=0.1, max_length=224, micro_batch=4, held_out=48,
