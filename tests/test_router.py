@@ -1,5 +1,6 @@
 """Equation 1, the poolings, both starts, and the two figures of how well the weights rank."""
 
+import re
 import math
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_the_first_layers_alone_are_the_first_block_and_the_norm(mini, encoder):
     ("chat", "User: I feel anxious\nAssistant:"),
     ("lead-in", "User: I feel anxious\nAssistant: I want to sound"),
 ])
-def test_the_encoder_reads_the_query_bare_or_in_the_chat_format(mini, query_format, read):
+def test_what_the_encoder_reads_of_a_query(mini, query_format, read):
     settings = dict(base_folder=mini, encoder_folder=mini, names=TRAITS, rank=2, lora_alpha=4,
                     encoder_layers=1, train_encoder=True, pooling="both", start="means", tau=0.5,
                     query_format=query_format, seed=0)
@@ -120,6 +121,11 @@ def test_the_encoder_reads_the_query_bare_or_in_the_chat_format(mini, query_form
     h = embedded_alone(model.router.encoder, ids, "both")
     w = model.mixing_weights(["I feel anxious"])[0]
     assert w.tolist() == pytest.approx(equation_1(h, model.router.e, 0.5), rel=1e-4)
+    # one that is too long loses its own end, and nothing of what stands around it
+    [long] = model.encode_queries(["anxious " * 600])
+    assert len(long) <= 512
+    before, after = read.split("I feel anxious")
+    assert re.fullmatch(f"{before}[anxious ]+{after}", model.encoder_tokenizer.decode(long).strip())
 
 
 # -------------------------------------------------------------------------------------- the start
