@@ -23,6 +23,8 @@
 import argparse
 import json
 
+import numpy as np
+
 from experiments.benchmarks import BENCHMARKS, TASKS, benchmarks
 from experiments.common import load_experts_run
 from experiments.comparison import COMPARISON, comparison
@@ -108,7 +110,8 @@ def main():
     args = parse_arguments()
     tables, meaning = measure(args)
     if args.json:
-        print(json.dumps(tables, indent=1, ensure_ascii=False))
+        # some figures are numbers of numpy's, which json does not know
+        print(json.dumps(tables, indent=1, ensure_ascii=False, default=np.generic.item))
         return
     print(meaning.strip())
     for title, rows in tables.items():

@@ -196,13 +196,17 @@ def program(script, *arguments, cwd=None, env=None):
 
 
 def evaluated(*arguments):
-    """The tables of experiments.evaluate with these arguments, {title: rows}, before it prints."""
+    """The tables of experiments.evaluate with these arguments, {title: rows}, as its --json has them.
+    """
     from experiments import evaluate
     argv = sys.argv
-    options = ["--device", "cpu", "--dtype", "fp32"]
+    options = ["--json", "--device", "cpu", "--dtype", "fp32"]
     sys.argv = ["experiments.evaluate", *options, *map(str, arguments)]
+    printed = io.StringIO()
     try:
-        return evaluate.measure(evaluate.parse_arguments())[0]
+        with redirect_stdout(printed):
+            evaluate.main()
+        return json.loads(printed.getvalue())
     finally:
         sys.argv = argv
 

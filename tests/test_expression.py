@@ -85,6 +85,7 @@ def one_lora(mini, small_data, tmp_path_factory):
 def test_expression_of_runs(run, one_lora, small_data):
     command = "--expression", "--run", run, "--run", one_lora, "--max-new-tokens", 8
     table = evaluated(*command)
+    answers = table["answers"]
     rows = {row["name"]: row for row in table["expression"]}
     records = load_records(small_data)
     held = [record for record in records if held_out(record["query"])]
@@ -111,9 +112,7 @@ def test_expression_of_runs(run, one_lora, small_data):
     # answers are drawn by the seed
     assert rows["bare base"][figure] != rows[f"{run.name}, oracle"][figure]
     result = program("experiments.evaluate", *command, "--json", "--device", "cpu", "--dtype", "fp32")
-    again = json.loads(result.stdout)
-    answers = again.pop("answers")
-    assert again == table
+    assert json.loads(result.stdout) == table
     assert len(answers["bare base"]) == len(held) and answers["bare base"] != answers[f"{run.name}, oracle"]
     assert answers["the records' responses"] == [record["response"] for record in held]
     result = program("experiments.evaluate", *command, "--limit", 2, "--temperature", 0)
