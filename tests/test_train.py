@@ -529,8 +529,9 @@ def test_a_frozen_encoder_is_not_saved_and_the_run_answers_alike(mini, small_dat
     model, settings = load_run(out, CPU, torch.float32)
     for name, t in weights(out).items():
         assert torch.equal(model.get_parameter(name), t), name
-    # Eq. 1 written out, on the first block's outputs for the query in the chat format
-    ids = torch.tensor(model.tokenizer.encode_prompt("I feel anxious"))
+    # Eq. 1 written out, on the first block's outputs for the prompt and the beginning of an answer
+    ids = torch.tensor(model.tokenizer.encode("User: I feel anxious\nAssistant:")
+                       + model.tokenizer.encode(" I want to sound"))
     with torch.no_grad():
         hidden = model.router.encoder(ids[None])[0]
         h = saved["map.weight"] @ torch.cat([hidden[-1], hidden.mean(dim=0)]) + saved["map.bias"]
