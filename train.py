@@ -379,7 +379,8 @@ def add_method_options(parser):
     add("--rank", type=count, default=8, help="r of each expert")
     add("--lora-alpha", type=positive, default=16, help="ΔW is scaled by alpha/rank")
     add("--query-format", choices=["raw", "chat", "lead-in"],
-        help="what the encoder reads: the bare query, the prompt up to the answer, and LEAD_IN")
+        help="what the encoder reads: the bare query, the prompt up to the answer, or that and the "
+             "beginning of one")
     add("--encoder-layers", type=number(int, 0), help="its first blocks; 0: all")
     add("--train-encoder", action=argparse.BooleanOptionalAction,
         help="as in the paper, or only the expert embeddings and the map")
