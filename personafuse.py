@@ -403,10 +403,12 @@ class PersonaFuse(nn.Module):
     def encode_queries(self, queries):
         """Queries (strings) -> token ids as the router's encoder reads them, a list for each."""
         context = self.router.encoder.config.max_position_embeddings
-        format, lead_in = self.query_format, []
+        format = self.query_format
+        lead_in = []
         if format == "lead-in":
+            format = "chat"
             # an answer without its end token
-            format, lead_in = "chat", self.encoder_tokenizer.encode_answer(LEAD_IN)[:-1]
+            lead_in = self.encoder_tokenizer.encode_answer(LEAD_IN)[:-1]
         rows = encode_within(self.encoder_tokenizer, queries, format, context - len(lead_in),
                              "what the router's encoder can read")
         return [row + lead_in for row in rows]
